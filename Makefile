@@ -1,0 +1,58 @@
+# make demo | test | lint | clean: each makes the virtual environment first, if it is not there.
+# Without a GPU, the CPU wheels of torch are smaller: make test TORCH_INDEX=<index url of the CPU wheels>
+
+PYTHON      ?= python3
+VENV        ?= .venv
+TORCH_INDEX ?=
+EXTRAS      ?= dev
+PYTEST_ARGS ?=
+DEMO_ARGS   ?=
+
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+LINKS   := build/typecheck/kvarn_ops
+FOLDERS := kernels lowering export
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format typecheck-tree clean
+
+help:
+	@echo "make demo      dense against KVarN on the model in examples/byte_model (DEMO_ARGS=...)"
+	@echo "make test      all tests (PYTEST_ARGS=...)"
+	@echo "make lint      ruff and pyright"
+	@echo "make format    let ruff rewrite the sources"
+	@echo "make clean     remove $(VENV) and everything generated"
+	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH_INDEX=<index url of the CPU wheels of torch>"
+
+install: $(STAMP)
+
+# A CPU wheel (2.13.0+cpu) sorts above the plain release of the same number, so pip takes it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python 3.10 or newer is needed, this is %d.%d: make PYTHON=..." % v[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX)) -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/kvarn-ops demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) typecheck-tree
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Links in the shape of the installed package, for pyright.
+typecheck-tree:
+	@rm -rf $(LINKS) && mkdir -p $(LINKS)
+	@ln -s $(addprefix $(CURDIR)/,$(filter-out %__pycache__,$(wildcard kvarn_ops/*)) $(FOLDERS)) $(LINKS)/
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find kvarn_ops $(FOLDERS) tests benchmarks examples docs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+# Public names of kvarn_ops.export: none yet.

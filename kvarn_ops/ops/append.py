@@ -1,0 +1,141 @@
+"""`kvarn::append_`: store new tokens and quantize the tiles that they finish.
+
+Before: rows of lengths L. After: rows of lengths L + (valid new tokens). Padding is dropped here,
+so that sinks and tiles are counted from a row's first real token and a row of a padded batch is
+stored as the row alone would be.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import KVarNConfig
+from ..layout import TileCache
+from ..reference.encode import EncodedTiles, encode_keys, encode_values
+from .library import CACHE_ARGS, CACHE_MUTATED_ARGS, CACHE_RETURNS, define
+from .validate import check_capacity, check_new_tokens
+
+__all__ = ["append", "append_"]
+
+_TILES_PER_ENCODE = 64  # bounds the encoder's fp32 temporaries in a long prefill
+
+
+def _append_kernel(k: Tensor, v: Tensor, valid: Tensor | None, *rest) -> None:
+    *tensors, rotation, config_line = rest
+    store(TileCache(*tensors), k, v, valid, rotation, KVarNConfig.from_string(config_line))
+
+
+def store(
+    cache: TileCache,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    rotation: Tensor,
+    config: KVarNConfig,
+) -> None:
+    """Eager append. Rows of equal length and padding go together, which is the common case."""
+    check_new_tokens(k, v, valid, cache, config)
+    lengths = cache.seq_lens.tolist()
+    if valid is not None and bool(valid.all()):
+        valid = None
+    if valid is None:
+        counts = [k.shape[2]] * len(lengths)
+    else:
+        counts = valid.sum(-1).tolist()
+    check_capacity(cache, max(a + b for a, b in zip(lengths, counts, strict=True)), config)
+    if valid is None and len(set(lengths)) == 1:
+        _store_rows(cache, k, v, lengths[0], rotation, config)
+    else:
+        for row, length in enumerate(lengths):
+            one = slice(row, row + 1)
+            k_row, v_row = k[one], v[one]
+            if valid is not None:
+                k_row, v_row = k_row[:, :, valid[row]], v_row[:, :, valid[row]]
+            _store_rows(cache.rows(row, 1), k_row, v_row, length, rotation, config)
+    cache.seq_lens.add_(k.shape[2] if valid is None else valid.sum(-1))
+
+
+def _store_rows(
+    cache: TileCache, k: Tensor, v: Tensor, length: int, rotation: Tensor, config: KVarNConfig
+) -> None:
+    """Append `k`, `v` `[b, H, n, D]` to rows that all hold `length` tokens."""
+    count, sinks, group = k.shape[2], config.num_sink_tokens, config.group_size
+    if length < sinks and count:
+        head = min(count, sinks - length)
+        cache.k_sink.narrow(2, length, head).copy_(k.narrow(2, 0, head))
+        cache.v_sink.narrow(2, length, head).copy_(v.narrow(2, 0, head))
+    first_tile, last_tile = config.num_tiles(length), config.num_tiles(length + count)
+    body_old, body_new = max(0, length - sinks), max(0, length + count - sinks)
+    skip = max(0, sinks - length)  # new tokens that became sinks
+    for start in range(first_tile, last_tile, _TILES_PER_ENCODE):
+        stop = min(start + _TILES_PER_ENCODE, last_tile)
+        span = (start * group, stop * group)
+        keys = _body(cache.k_tail, k, span, body_old, skip).unflatten(2, (-1, group))
+        values = _body(cache.v_tail, v, span, body_old, skip).unflatten(2, (-1, group))
+        _write_tiles(cache, start, keys, values, rotation, config)
+    ring = cache.k_tail.shape[2]
+    position = max(body_old, body_new - ring)
+    while position < body_new:  # at most two pieces: up to the ring's end, then from its start
+        slot, source = position % ring, position - body_old + skip
+        piece = min(body_new - position, ring - slot)
+        cache.k_tail.narrow(2, slot, piece).copy_(k.narrow(2, source, piece))
+        cache.v_tail.narrow(2, slot, piece).copy_(v.narrow(2, source, piece))
+        position += piece
+
+
+def _body(ring: Tensor, new: Tensor, span: tuple[int, int], body_old: int, skip: int) -> Tensor:
+    """Tokens at positions `span` after the sinks, from the ring and from the new ones."""
+    start, stop = span
+    held = min(max(body_old - start, 0), stop - start)
+    if held == 0:
+        return new.narrow(2, start - body_old + skip, stop - start)
+    slots = torch.arange(start, start + held, device=ring.device) % ring.shape[2]
+    fresh = new.narrow(2, max(start - body_old, 0) + skip, stop - start - held)
+    return torch.cat([ring.index_select(2, slots), fresh], dim=2)
+
+
+def _write_tiles(
+    cache: TileCache,
+    start: int,
+    keys: Tensor,
+    values: Tensor,
+    rotation: Tensor,
+    config: KVarNConfig,
+) -> None:
+    encoded_k = encode_keys(keys, config, rotation)
+    encoded_v = encode_values(values, config, rotation)
+    for target, source in zip(cache[:6], (*encoded_k, *encoded_v), strict=True):
+        target.narrow(2, start, source.shape[2]).copy_(source)
+
+
+def _append_functional(k: Tensor, v: Tensor, valid: Tensor | None, *rest) -> tuple[Tensor, ...]:
+    *tensors, rotation, config_line = rest
+    fresh = tuple(tensor.clone() for tensor in tensors)
+    _append_kernel(k, v, valid, *fresh, rotation, config_line)
+    return fresh
+
+
+def _append_fake(k: Tensor, v: Tensor, valid: Tensor | None, *rest) -> None:
+    return None
+
+
+def _append_functional_fake(k, v, valid, *rest) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor) for tensor in rest[: len(TileCache._fields)])
+
+
+append_ = define(
+    "append_",
+    f"(Tensor k, Tensor v, Tensor? valid, {CACHE_MUTATED_ARGS}, Tensor rotation, str config) -> ()",
+    _append_kernel,
+    _append_fake,
+)
+append = define(
+    "append",
+    f"(Tensor k, Tensor v, Tensor? valid, {CACHE_ARGS}, Tensor rotation, str config) "
+    f"-> ({CACHE_RETURNS})",
+    _append_functional,
+    _append_functional_fake,
+)
+
+assert EncodedTiles._fields == ("codes", "affine", "other_scale")  # the order _write_tiles relies on

@@ -1,0 +1,253 @@
+"""Attention over a cache by partial softmaxes: dense tokens, then tiles in chunks, then one merge.
+
+Memory does not grow with the context in eager mode: tiles are read in chunks, queries in blocks.
+The compiled decode step reads all live tiles at once, since Inductor fuses it into few loops; its
+largest intermediate is one layer's scores, 4 bytes per token and query head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._compat import hint_size
+from ..config import KVarNConfig
+from ..layout import TileCache
+from .formula import Dot, dot_matmul, dot_unrolled, tile_output, tile_scores
+
+__all__ = ["attend", "attend_decode_traced", "tiles_of"]
+
+_TILES_PER_CHUNK = 16
+_QUERIES_PER_BLOCK = 256
+_TYPICAL_TILES = 64  # what Inductor assumes of the number of live tiles when it weighs fusions
+
+
+class _Partial(NamedTuple):
+    """Softmax over a part of the keys, before normalization; M = query rows of a KV head."""
+
+    peak: Tensor  # [B, H, M, 1]; -inf if nothing is visible
+    total: Tensor  # [B, H, M, 1] sum of exp(score - peak)
+    out: Tensor  # [B, H, M, D]
+
+
+def tiles_of(lengths: Tensor, config: KVarNConfig) -> Tensor:
+    """Quantized tiles of sequences of these lengths, elementwise."""
+    body = lengths - (config.num_sink_tokens + config.tail_tokens)
+    return torch.div(body, config.group_size, rounding_mode="floor").clamp_min(0)
+
+
+def attend(
+    q: Tensor,
+    cache: TileCache,
+    k_new: Tensor,
+    v_new: Tensor,
+    new_visible: Tensor,
+    limit: Tensor | None,
+    rotation: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+    config: KVarNConfig,
+) -> Tensor:
+    """Eager form; arguments and result as in `kvarn_ops.reference.attention.attend`."""
+    live_tiles = config.num_tiles(int(cache.seq_lens.max()))
+    chunks = [
+        (start, min(_TILES_PER_CHUNK, live_tiles - start))
+        for start in range(0, live_tiles, _TILES_PER_CHUNK)
+    ]
+    outs = []
+    for start in range(0, q.shape[2], _QUERIES_PER_BLOCK):
+        block = slice(start, start + _QUERIES_PER_BLOCK)
+        outs.append(
+            _attend_block(
+                q[:, :, block],
+                cache,
+                k_new,
+                v_new,
+                new_visible[:, block],
+                None if limit is None else limit[:, block],
+                rotation,
+                sink_logits,
+                scale,
+                softcap,
+                config,
+                chunks,
+                dot_matmul,
+            )
+        )
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+
+def attend_first(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    """Dense attention among new tokens, for an empty cache; `visible` None means causal."""
+    if visible is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    seen = visible.any(-1, keepdim=True).unsqueeze(1)
+    mask = visible.unsqueeze(1) | ~seen
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    return out.masked_fill(~seen, 0.0)
+
+
+def attend_decode_traced(
+    q: Tensor,
+    cache: TileCache,
+    k_new: Tensor,
+    v_new: Tensor,
+    rotation: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+    config: KVarNConfig,
+) -> Tensor:
+    """One new token per row, for compilers: straight-line code, work proportional to live tiles."""
+    batch, capacity = q.shape[0], cache.k_codes.shape[2]
+    chunks: list[tuple[int, int]] = []
+    if capacity:
+        # At least one tile keeps the shape non-empty; the mask hides it while none is live.
+        live = tiles_of(cache.seq_lens, config).max().clamp(1, capacity).item()
+        hint_size(live, _TYPICAL_TILES)
+        torch._check(live >= 1)
+        torch._check(live <= capacity)
+        chunks = [(0, live)]  # type: ignore[list-item]
+    new_visible = torch.ones(batch, 1, 1, dtype=torch.bool, device=q.device)
+    return _attend_block(
+        q,
+        cache,
+        k_new,
+        v_new,
+        new_visible,
+        None,
+        rotation,
+        sink_logits,
+        scale,
+        softcap,
+        config,
+        chunks,
+        dot_unrolled,
+    )
+
+
+def _attend_block(
+    q: Tensor,
+    cache: TileCache,
+    k_new: Tensor,
+    v_new: Tensor,
+    new_visible: Tensor,
+    limit: Tensor | None,
+    rotation: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+    config: KVarNConfig,
+    chunks: list[tuple[int, int]],
+    dot: Dot,
+) -> Tensor:
+    batch, num_q_heads, queries, head_dim = q.shape
+    num_kv_heads = cache.k_tail.shape[1]
+    q_per_kv = num_q_heads // num_kv_heads
+    rows = q.float().reshape(batch, num_kv_heads, q_per_kv * queries, head_dim) * scale
+
+    stored_visible = _dense_visible(cache, limit, config).expand(-1, queries, -1)
+    dense_visible = torch.cat([stored_visible, new_visible], dim=-1)
+    k_dense = torch.cat([cache.k_sink, cache.k_tail, k_new], dim=2).float()
+    v_dense = torch.cat([cache.v_sink, cache.v_tail, v_new], dim=2).float()
+    # A slot that no query sees may hold anything, and 0 * NaN is NaN.
+    v_dense = v_dense.masked_fill(~dense_visible.any(1)[:, None, :, None], 0.0)
+    scores = _softcapped(rows @ k_dense.mT, softcap)
+    hidden = ~dense_visible.repeat(1, q_per_kv if queries > 1 else 1, 1).unsqueeze(1)
+    peak, weights, total = _exponentials(scores.masked_fill(hidden, -torch.inf), (-1,))
+    parts = [_Partial(peak, total, weights @ v_dense)]
+
+    rotated = rows @ rotation if config.rotate_keys else rows
+    packed = None
+    for start, count in chunks:
+        tiles = cache.tiles(start, count)
+        hidden = _tiles_hidden(cache, limit, start, count, config)
+        scores = tile_scores(rotated, tiles, config, dot)  # [B, H, n, M, G]
+        scores = _softcapped(scores, softcap)
+        if hidden.shape[2] > 1:
+            hidden = hidden.repeat(1, 1, q_per_kv, 1)
+        scores = scores.masked_fill(hidden.unsqueeze(1), -torch.inf)
+        peak, weights, total = _exponentials(scores, (2, 4))
+        part = _Partial(
+            peak.squeeze(2), total.squeeze(2), tile_output(weights, tiles, config, dot)
+        )
+        packed = part if packed is None else _merge(packed, part)
+    if packed is not None:
+        if config.rotate_values:
+            packed = packed._replace(out=packed.out @ rotation.mT)
+        parts.append(packed)
+
+    merged = parts[0] if len(parts) == 1 else _merge(*parts)
+    total = merged.total
+    if sink_logits is not None:
+        logits = sink_logits.float().view(num_kv_heads, q_per_kv, 1)
+        logits = logits.expand(-1, -1, queries).reshape(1, num_kv_heads, -1, 1)
+        peak = torch.maximum(merged.peak, logits)
+        shrink = torch.exp(merged.peak - peak)
+        merged = merged._replace(out=merged.out * shrink)
+        total = total * shrink + torch.exp(logits - peak)
+    out = torch.where(total > 0, merged.out / total.where(total > 0, 1.0), 0.0)
+    # NaN scores make `total` NaN, which the comparison above would hide.
+    out = torch.where(total.isnan(), total, out)
+    return out.reshape(batch, num_q_heads, queries, head_dim).to(q.dtype)
+
+
+def _dense_visible(cache: TileCache, limit: Tensor | None, config: KVarNConfig) -> Tensor:
+    """`[B, S or 1, sinks + ring]` bool: the slots of sinks and tail that each query sees."""
+    sinks, ring = config.num_sink_tokens, cache.k_tail.shape[2]
+    lengths = cache.seq_lens.unsqueeze(1)  # [B, 1]
+    slot = torch.arange(ring, device=lengths.device)
+    newest = lengths - sinks - 1  # position after the sinks of the newest token
+    position = slot + ring * torch.div(newest - slot, ring, rounding_mode="floor")  # [B, ring]
+    first = tiles_of(lengths, config) * config.group_size
+    sink_positions = torch.arange(sinks, device=lengths.device).expand(lengths.shape[0], -1)
+    held = torch.cat(
+        [sink_positions < lengths, (position >= first) & (position >= 0)], dim=-1
+    ).unsqueeze(1)
+    if limit is None:
+        return held
+    positions = torch.cat([sink_positions, position + sinks], dim=-1).unsqueeze(1)
+    return held & (positions < limit.unsqueeze(-1))
+
+
+def _tiles_hidden(
+    cache: TileCache, limit: Tensor | None, start: int, count: int, config: KVarNConfig
+) -> Tensor:
+    """Which quantized tokens queries do not see: `[B, n, S, G]`, or `[B, n, 1, 1]` without limit.
+
+    Without a limit a query sees every quantized token, so whole tiles are live or not, which keeps
+    position arithmetic out of the inner loop.
+    """
+    live = tiles_of(cache.seq_lens, config)[:, None]
+    tile = start + torch.arange(count, device=live.device)
+    dead = (tile >= live)[:, :, None, None]  # [B, n, 1, 1]
+    if limit is None:
+        return dead
+    token = torch.arange(config.group_size, device=live.device)
+    position = config.num_sink_tokens + tile[:, None, None] * config.group_size + token
+    return dead | (position >= limit[:, None, :, None])
+
+
+def _softcapped(scores: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def _exponentials(scores: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    peak = scores.amax(dims, keepdim=True)
+    weights = torch.exp(scores - peak.masked_fill(peak == -torch.inf, 0.0))
+    return peak, weights, weights.sum(dims, keepdim=True)
+
+
+def _merge(a: _Partial, b: _Partial) -> _Partial:
+    peak = torch.maximum(a.peak, b.peak)
+    base = peak.masked_fill(peak == -torch.inf, 0.0)
+    weight_a, weight_b = torch.exp(a.peak - base), torch.exp(b.peak - base)
+    return _Partial(
+        peak,
+        a.total * weight_a + b.total * weight_b,
+        a.out * weight_a + b.out * weight_b,
+    )

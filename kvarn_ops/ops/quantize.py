@@ -1,0 +1,88 @@
+"""`kvarn::quantize_keys`, `quantize_values` and their inverses: whole tiles, nothing stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import KVarNConfig
+from ..layout import row_bytes
+from ..reference.decode import decode_keys, decode_values
+from ..reference.encode import EncodedTiles, encode_keys, encode_values
+from .library import define
+from .validate import check_tiles
+
+__all__ = ["dequantize_keys", "dequantize_values", "quantize_keys", "quantize_values"]
+
+_QUANTIZE = "(Tensor tiles, Tensor rotation, str config) -> (Tensor, Tensor, Tensor)"
+_DEQUANTIZE = (
+    "(Tensor codes, Tensor affine, Tensor other_scale, Tensor rotation, str config) -> Tensor"
+)
+
+
+def _quantize_keys(tiles: Tensor, rotation: Tensor, config: str) -> EncodedTiles:
+    parsed = KVarNConfig.from_string(config)
+    check_tiles(tiles, parsed)
+    return _owned(encode_keys(tiles, parsed, rotation))
+
+
+def _quantize_values(tiles: Tensor, rotation: Tensor, config: str) -> EncodedTiles:
+    parsed = KVarNConfig.from_string(config)
+    check_tiles(tiles, parsed)
+    return _owned(encode_values(tiles, parsed, rotation))
+
+
+def _owned(encoded: EncodedTiles) -> EncodedTiles:
+    """Contiguous, as the fakes promise."""
+    return EncodedTiles(*(tensor.contiguous() for tensor in encoded))
+
+
+def _dequantize_keys(
+    codes: Tensor, affine: Tensor, other_scale: Tensor, rotation: Tensor, config: str
+) -> Tensor:
+    parsed = KVarNConfig.from_string(config)
+    return decode_keys(EncodedTiles(codes, affine, other_scale), parsed, rotation).contiguous()
+
+
+def _dequantize_values(
+    codes: Tensor, affine: Tensor, other_scale: Tensor, rotation: Tensor, config: str
+) -> Tensor:
+    parsed = KVarNConfig.from_string(config)
+    return decode_values(EncodedTiles(codes, affine, other_scale), parsed, rotation).contiguous()
+
+
+def _quantize_keys_fake(tiles: Tensor, rotation: Tensor, config: str) -> EncodedTiles:
+    return _fake_encoded(tiles, -2, -1, KVarNConfig.from_string(config).key_bits)
+
+
+def _quantize_values_fake(tiles: Tensor, rotation: Tensor, config: str) -> EncodedTiles:
+    return _fake_encoded(tiles, -1, -2, KVarNConfig.from_string(config).value_bits)
+
+
+def _fake_encoded(tiles: Tensor, row_dim: int, packed_dim: int, bits: int) -> EncodedTiles:
+    lead, rows, width = tiles.shape[:-2], tiles.shape[row_dim], tiles.shape[packed_dim]
+    return EncodedTiles(
+        tiles.new_empty((*lead, rows, row_bytes(width, bits)), dtype=torch.uint8),
+        tiles.new_empty((*lead, 2, width), dtype=torch.float16),
+        tiles.new_empty((*lead, rows), dtype=torch.float16),
+    )
+
+
+def _dequantize_keys_fake(codes, affine, other_scale, rotation, config):
+    return affine.new_empty(
+        (*codes.shape[:-2], codes.shape[-2], affine.shape[-1]), dtype=torch.float32
+    )
+
+
+def _dequantize_values_fake(codes, affine, other_scale, rotation, config):
+    return affine.new_empty(
+        (*codes.shape[:-2], affine.shape[-1], codes.shape[-2]), dtype=torch.float32
+    )
+
+
+quantize_keys = define("quantize_keys", _QUANTIZE, _quantize_keys, _quantize_keys_fake)
+quantize_values = define("quantize_values", _QUANTIZE, _quantize_values, _quantize_values_fake)
+dequantize_keys = define("dequantize_keys", _DEQUANTIZE, _dequantize_keys, _dequantize_keys_fake)
+dequantize_values = define(
+    "dequantize_values", _DEQUANTIZE, _dequantize_values, _dequantize_values_fake
+)

@@ -1,0 +1,120 @@
+"""`sample_inputs`: arguments for every op, for opcheck, benchmarks and readers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import KVarNConfig
+from ..errors import InputError
+from ..hadamard import hadamard
+from ..layout import TileCache, allocate
+from .append import store
+
+__all__ = ["OP_NAMES", "sample_inputs"]
+
+OP_NAMES = (
+    "quantize_keys",
+    "quantize_values",
+    "dequantize_keys",
+    "dequantize_values",
+    "append",
+    "append_",
+    "attention",
+    "step",
+    "step_",
+)
+
+_HEADS, _DIM, _ROWS = 2, 64, 2
+_SMALL = KVarNConfig(group_size=32, num_sink_tokens=32)
+
+
+def sample_inputs(
+    op_name: str, device: torch.device | str = "cpu"
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Yield `(args, kwargs)` for `torch.ops.kvarn.<op_name>`: several configs, fresh tensors.
+
+    Parameters
+    ----------
+    op_name : str
+        Bare name, for example `"step_"`.
+    device : str or torch.device
+        Where the tensors live.
+
+    Raises
+    ------
+    InputError
+        If there is no such op.
+    """
+    if op_name not in OP_NAMES:
+        raise InputError(f"there is no op kvarn::{op_name}. Ops: {', '.join(OP_NAMES)}.")
+    for key_bits, value_bits, encoder, tail in ((4, 2, "plus", 0), (2, 3, "paper", 32)):
+        config = KVarNConfig.coerce(
+            _SMALL, key_bits=key_bits, value_bits=value_bits, encoder=encoder, tail_tokens=tail
+        )
+        yield from _samples(op_name, config, torch.device(device))
+
+
+def filled_cache(
+    config: KVarNConfig,
+    lengths: list[int],
+    device: torch.device | str,
+    *,
+    num_kv_heads: int = _HEADS,
+    head_dim: int = _DIM,
+    max_cache_len: int = 256,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[TileCache, Tensor]:
+    """A cache with random rows of the given lengths, and its rotation matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    cache = allocate(
+        config, len(lengths), num_kv_heads, head_dim, max_cache_len, dtype, torch.device(device)
+    )
+    rotation = hadamard(head_dim, device=device)
+    longest = max(lengths, default=0)
+    if longest:
+        shape = (2, len(lengths), num_kv_heads, longest, head_dim)
+        k, v = torch.randn(shape, generator=generator).to(device, dtype)
+        valid = torch.arange(longest) < torch.tensor(lengths)[:, None]
+        store(cache, k, v, valid.to(device), rotation, config)
+    return cache, rotation
+
+
+def _samples(
+    op_name: str, config: KVarNConfig, device: torch.device
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    line = config.to_string()
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    rotation = hadamard(_DIM, device=device)
+    if "quantize" in op_name:
+        args: tuple[Any, ...] = (randn(2, config.group_size, _DIM), rotation, line)
+        if op_name.startswith("de"):
+            quantize = getattr(torch.ops.kvarn, op_name.removeprefix("de"))
+            args = (*quantize(*args), rotation, line)
+        yield args, {}
+        return
+    queries_heads = 2 * _HEADS
+    for count, masked in ((1, False), (40, True)):
+        cache, rotation = filled_cache(config, [150, 31], device)
+        k, v = randn(2, _ROWS, _HEADS, count, _DIM)
+        valid = torch.ones(_ROWS, count, dtype=torch.bool, device=device) if masked else None
+        if valid is not None:
+            valid[0, :7] = False
+        q = randn(_ROWS, queries_heads, count, _DIM)
+        sink_logits = randn(queries_heads) if masked else None
+        scale, softcap = _DIM**-0.5, 30.0 if masked else 0.0
+        options = (rotation, sink_logits, scale, softcap, True, line, "aten")
+        if op_name.startswith("append"):
+            yield (k, v, valid, *cache, rotation, line), {}
+        elif op_name == "attention":
+            yield (q, *cache, *options), {}
+        else:
+            yield (q, k, v, valid, *cache, *options), {}

@@ -1,0 +1,91 @@
+"""Checks that eager kernels run before they touch anything. Fakes check nothing, by design."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import KVarNConfig
+from ..errors import CacheError, InputError
+from ..layout import TileCache, capacity
+
+__all__ = ["check_attention", "check_capacity", "check_new_tokens", "check_tiles"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_tiles(x: Tensor, config: KVarNConfig) -> None:
+    """Whole tiles `[..., group_size, head_dim]` of a supported dtype."""
+    if x.ndim < 2 or x.shape[-2] != config.group_size:
+        raise InputError(
+            f"tiles have shape {tuple(x.shape)}: give [..., group_size={config.group_size}, "
+            "head_dim]."
+        )
+    _check_dtype("tiles", x)
+
+
+def check_new_tokens(
+    k: Tensor, v: Tensor, valid: Tensor | None, cache: TileCache, config: KVarNConfig
+) -> None:
+    """New keys and values fit the cache in shape, dtype and device."""
+    batch, heads, _, head_dim = cache.k_tail.shape
+    for name, x in (("k", k), ("v", v)):
+        _check_dtype(name, x)
+        if x.ndim != 4 or x.shape[1] != heads or x.shape[3] != head_dim:
+            raise InputError(
+                f"{name} has shape {tuple(x.shape)}: this cache takes [batch, {heads}, tokens, "
+                f"{head_dim}]."
+            )
+        if x.shape[0] != batch:
+            raise InputError(
+                f"{name} has batch size {x.shape[0]}, the cache was allocated for {batch} rows: "
+                "make a new cache, or call reset() on one that was made by hand."
+            )
+        if x.dtype != cache.k_tail.dtype:
+            raise InputError(
+                f"{name} is {x.dtype}, the cache holds {cache.k_tail.dtype}: make the cache after "
+                "casting the model."
+            )
+        if x.device != cache.k_tail.device:
+            raise InputError(
+                f"{name} is on {x.device}, the cache on {cache.k_tail.device}: move one of them."
+            )
+    if k.shape != v.shape:
+        raise InputError(f"k {tuple(k.shape)} and v {tuple(v.shape)} differ in shape.")
+    if valid is not None and (valid.shape != (batch, k.shape[2]) or valid.dtype != torch.bool):
+        raise InputError(
+            f"valid is {valid.dtype} {tuple(valid.shape)}: give bool [{batch}, {k.shape[2]}]."
+        )
+
+
+def check_attention(q: Tensor, cache: TileCache, sink_logits: Tensor | None) -> None:
+    """Queries match the cache's heads, width and device."""
+    batch, heads, _, head_dim = cache.k_tail.shape
+    _check_dtype("q", q)
+    if q.ndim != 4 or q.shape[0] != batch or q.shape[1] % heads or q.shape[3] != head_dim:
+        raise InputError(
+            f"q has shape {tuple(q.shape)}: this cache takes [{batch}, a multiple of {heads}, "
+            f"queries, {head_dim}]."
+        )
+    if q.device != cache.k_tail.device:
+        raise InputError(f"q is on {q.device}, the cache on {cache.k_tail.device}.")
+    if sink_logits is not None and sink_logits.shape != (q.shape[1],):
+        raise InputError(
+            f"sink_logits has shape {tuple(sink_logits.shape)}: give one logit per query head, "
+            f"[{q.shape[1]}]."
+        )
+
+
+def check_capacity(cache: TileCache, needed: int, config: KVarNConfig) -> None:
+    """The longest row still fits after the append."""
+    limit = capacity(config, cache.k_codes.shape[2])
+    if needed > limit:
+        raise CacheError(
+            f"the KVarN cache is full: it has room for {limit} tokens per row and {needed} are "
+            f"needed. Create it with max_cache_len={needed} or more."
+        )
+
+
+def _check_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        raise InputError(f"{name} is {x.dtype}: give float16, bfloat16 or float32.")

@@ -1,0 +1,114 @@
+"""Attention over a cache, written out: read everything back, then softmax in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import KVarNConfig
+from ..layout import TileCache
+from .decode import decode_keys, decode_values
+from .encode import EncodedTiles
+
+__all__ = ["attend", "read_row"]
+
+
+def read_row(
+    cache: TileCache, row: int, config: KVarNConfig, rotation: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """All keys and values of one batch row, in order of position.
+
+    Returns
+    -------
+    k, v : Tensor
+        `[H_kv, length, D]` fp32 in the original frame: sinks, dequantized tiles, tail.
+    """
+    length = int(cache.seq_lens[row])
+    tiles, sinks = config.num_tiles(length), config.num_sink_tokens
+    keys = EncodedTiles(
+        cache.k_codes[row, :, :tiles],
+        cache.k_channel_affine[row, :, :tiles],
+        cache.k_token_scale[row, :, :tiles],
+    )
+    values = EncodedTiles(
+        cache.v_codes[row, :, :tiles],
+        cache.v_token_affine[row, :, :tiles],
+        cache.v_channel_scale[row, :, :tiles],
+    )
+    body = torch.arange(tiles * config.group_size, max(0, length - sinks))
+    slots = (body % config.ring_len).to(cache.k_tail.device)
+    k = [
+        cache.k_sink[row, :, : min(length, sinks)].float(),
+        decode_keys(keys, config, rotation).flatten(1, 2),
+        cache.k_tail[row].index_select(1, slots).float(),
+    ]
+    v = [
+        cache.v_sink[row, :, : min(length, sinks)].float(),
+        decode_values(values, config, rotation).flatten(1, 2),
+        cache.v_tail[row].index_select(1, slots).float(),
+    ]
+    return torch.cat(k, dim=1), torch.cat(v, dim=1)
+
+
+def attend(
+    q: Tensor,
+    cache: TileCache,
+    k_new: Tensor,
+    v_new: Tensor,
+    new_visible: Tensor,
+    limit: Tensor | None,
+    rotation: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+    config: KVarNConfig,
+) -> Tensor:
+    """Attention of new queries over the cache and over new, not yet stored tokens.
+
+    Parameters
+    ----------
+    q : Tensor
+        `[B, H_q, S, D]` in the original frame.
+    cache : TileCache
+        What is stored.
+    k_new, v_new : Tensor
+        `[B, H_kv, N, D]` tokens not in the cache; N may be 0.
+    new_visible : Tensor
+        `[B, S, N]` bool: which new tokens each query sees.
+    limit : Tensor or None
+        `[B, S]` int64: each query sees the cached tokens at positions below its limit; None: all.
+    rotation : Tensor
+        `[D, D]` Hadamard matrix.
+    sink_logits : Tensor or None
+        `[H_q]` logits of attention sinks, which take weight and give no value.
+    scale, softcap : float
+        Scores are `softcap * tanh(scale * q @ k / softcap)`; softcap 0 means none.
+
+    Returns
+    -------
+    Tensor
+        `[B, H_q, S, D]` in q's dtype; zeros where a query sees nothing.
+    """
+    group = q.shape[1] // cache.k_tail.shape[1]
+    rows = []
+    for row in range(q.shape[0]):
+        k, v = read_row(cache, row, config, rotation)
+        stored_visible = torch.ones(q.shape[2], k.shape[1], dtype=torch.bool, device=k.device)
+        if limit is not None:
+            positions = torch.arange(k.shape[1], device=k.device)
+            stored_visible = positions < limit[row, :, None]
+        visible = torch.cat([stored_visible, new_visible[row]], dim=-1)
+        k = torch.cat([k, k_new[row].float()], dim=1).repeat_interleave(group, dim=0)
+        v = torch.cat([v, v_new[row].float()], dim=1).repeat_interleave(group, dim=0)
+        scores = q[row].float() @ k.mT * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        if sink_logits is not None:
+            column = sink_logits.float()[:, None, None].expand(-1, scores.shape[1], 1)
+            scores = torch.cat([scores, column], dim=-1)
+        weights = scores.softmax(dim=-1)[..., : k.shape[1]]
+        v = v.masked_fill(~visible.any(0)[:, None], 0.0)
+        seen = visible.any(-1, keepdim=True)
+        rows.append(torch.where(seen, weights.masked_fill(~visible, 0.0) @ v, 0.0))
+    return torch.stack(rows).to(q.dtype)

@@ -1,0 +1,98 @@
+"""Variance normalization (Algorithm 1 of arXiv 2606.03458): row and column scales of a tile.
+
+A tile is a matrix `[..., R, C]`: K is `[channels, tokens]`, V is `[tokens, channels]`. Columns and
+rows are scaled in turn until all have similar standard deviation; the best iterate *of each tile*
+is kept, since the iteration is not monotone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["gauge_exponent", "normalize_paper", "normalize_plus"]
+
+LOG_MAX = 10.0
+PAPER_LOG_MIN, PAPER_STD_MIN, STD_MAX = -0.3, 1e-3, 1e3
+PLUS_LOG_MIN, PLUS_STD_MIN = -4.6, 1e-2
+_IMBALANCE_FLOOR = 1e-8
+_ZERO_STD = 1e-6  # of a gauged tile: such a row or column carries nothing to balance
+_GAUGE_MIN = -64  # smaller tiles are zeros in fp16, and 2**64 is far from fp32's limits
+
+
+def normalize_paper(tile: Tensor, iters: int) -> tuple[Tensor, Tensor]:
+    """Scales of the published method.
+
+    Parameters
+    ----------
+    tile : Tensor
+        `[..., R, C]`, rotated, fp32 or fp64.
+    iters : int
+        Iterations; 0 gives ones.
+
+    Returns
+    -------
+    column_scale, row_scale : Tensor
+        `[..., 1, C]` and `[..., R, 1]`; `tile / column_scale / row_scale` is balanced.
+    """
+    return _iterate(tile, iters, PAPER_LOG_MIN, PAPER_STD_MIN, ignore_zeros=False)
+
+
+def normalize_plus(tile: Tensor, iters: int) -> tuple[Tensor, Tensor]:
+    """Like `normalize_paper` for a tile of unit RMS: lower floors, zero rows and columns ignored.
+
+    The published floor of exp(-0.3) keeps tiles of small amplitude from being balanced at all, and
+    without any floor nearly constant tiles diverge. A floor relative to the tile's own amplitude
+    (`gauge_exponent`) removes both.
+    """
+    return _iterate(tile, iters, PLUS_LOG_MIN, PLUS_STD_MIN, ignore_zeros=True)
+
+
+def gauge_exponent(tile: Tensor) -> Tensor:
+    """Exponent `[..., 1, 1]` of the power of two near the RMS of a tile; 0 for a zero tile."""
+    peak = tile.abs().amax(dim=(-2, -1), keepdim=True)
+    peak_exponent = torch.frexp(peak)[1].clamp_min(_GAUGE_MIN)
+    rms = torch.ldexp(tile, -peak_exponent).square().mean(dim=(-2, -1), keepdim=True).sqrt()
+    exponent = (torch.frexp(rms)[1] + peak_exponent).clamp_min(_GAUGE_MIN)
+    return torch.where(peak > 0, exponent, torch.zeros_like(exponent))
+
+
+def _iterate(
+    tile: Tensor, iters: int, log_min: float, std_min: float, ignore_zeros: bool
+) -> tuple[Tensor, Tensor]:
+    column_log = torch.zeros_like(tile[..., :1, :])
+    row_log = torch.zeros_like(tile[..., :, :1])
+    column_scale, row_scale = column_log.exp(), row_log.exp()
+    # Decided once: a token that counts in one iterate only would decide which iterate is best.
+    skip_columns = (tile.std(dim=-2, keepdim=True) < _ZERO_STD) & ignore_zeros
+    skip_rows = (tile.std(dim=-1, keepdim=True) < _ZERO_STD) & ignore_zeros
+    balanced, best = tile, _imbalance(tile, skip_columns, skip_rows)
+    for _ in range(iters):
+        column_log = _step(column_log, balanced.std(dim=-2, keepdim=True), log_min, std_min)
+        balanced = tile / column_log.exp() / row_log.exp()
+        row_log = _step(row_log, balanced.std(dim=-1, keepdim=True), log_min, std_min)
+        balanced = tile / column_log.exp() / row_log.exp()
+        imbalance = _imbalance(balanced, skip_columns, skip_rows)
+        better = imbalance <= best
+        best = torch.where(better, imbalance, best)
+        column_scale = torch.where(better, column_log.exp(), column_scale)
+        row_scale = torch.where(better, row_log.exp(), row_scale)
+    return column_scale, row_scale
+
+
+def _step(log_scale: Tensor, std: Tensor, log_min: float, std_min: float) -> Tensor:
+    return (log_scale + std.clamp(std_min, STD_MAX).log()).clamp(log_min, LOG_MAX)
+
+
+def _imbalance(tile: Tensor, skip_columns: Tensor, skip_rows: Tensor) -> Tensor:
+    """Largest over smallest standard deviation of columns plus the same of rows, `[..., 1, 1]`."""
+    return _spread(tile.std(dim=-2, keepdim=True), skip_columns) + _spread(
+        tile.std(dim=-1, keepdim=True), skip_rows
+    )
+
+
+def _spread(std: Tensor, skip: Tensor) -> Tensor:
+    largest = std.masked_fill(skip, 0.0).amax(dim=(-2, -1), keepdim=True)
+    smallest = std.masked_fill(skip, torch.inf).amin(dim=(-2, -1), keepdim=True)
+    smallest = smallest.clamp_min(_IMBALANCE_FLOOR)
+    return largest / smallest

@@ -1,0 +1,299 @@
+"""What a wheel holds; every public name imports from checkout, editable install and wheel."""
+
+from __future__ import annotations
+
+import email
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import kvarn_ops
+
+ROOT = Path(__file__).resolve().parents[2]
+MAPPED = ("kernels", "lowering", "export")
+NAMESPACES = ("kvarn_ops", *(f"kvarn_ops.{name}" for name in MAPPED))
+# Everything optional, numpy included: torch works without it.
+BLOCKED = (
+    "transformers", "triton", "numpy", "safetensors", "accelerate", "matplotlib", "onnx", "rich",
+    "onnxruntime", "onnxscript", "torch_tensorrt", "typer", "kernels",
+)  # fmt: skip
+
+BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+
+IMPORT_ALL = """
+import importlib, sys
+count = 0
+for package in {packages!r}:
+    names = importlib.import_module(package).__all__
+    for name in names:
+        scope = {{}}
+        exec(f"from {{package}} import {{name}}", scope)
+        value = scope[name]
+        assert type(value).__name__ != "module", f"{{package}}.{{name}} is a module"
+        count += 1
+import kvarn_ops
+assert "kernels" not in sys.modules or hasattr(sys.modules["kernels"], "__file__")
+print(count, kvarn_ops.__file__)
+"""
+
+
+def run_python(code: str, *, cwd: Path, path: Path | None = None) -> str:
+    """Run code in a fresh process that sees `path` first, and return what it printed last."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    """A copy of what a build reads: building in the checkout would leave build/ behind."""
+    target = tmp_path_factory.mktemp("sources")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target / name)
+    for name in ("kvarn_ops", *MAPPED):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(sources, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index",
+         "--quiet", "--wheel-dir", target, sources],
+        check=True,
+    )  # fmt: skip
+    (path,) = target.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel_site(wheel, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("site")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet",
+         "--target", target, wheel],
+        check=True,
+    )  # fmt: skip
+    return target
+
+
+@pytest.fixture(scope="module")
+def editable_site(sources, tmp_path_factory) -> Path:
+    """What `pip install -e` puts into site-packages, without touching this environment."""
+    target = tmp_path_factory.mktemp("editable")
+    code = f"import setuptools.build_meta as b; print(b.build_editable({str(target)!r}))"
+    name = run_python(code, cwd=sources)
+    with zipfile.ZipFile(target / name) as archive:
+        archive.extractall(target)
+    return target
+
+
+def test_wheel_holds_only_the_package(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert wheel.name == f"kvarn_ops-{kvarn_ops.__version__}-py3-none-any.whl"
+    dist_info = f"kvarn_ops-{kvarn_ops.__version__}.dist-info"
+    assert {name.partition("/")[0] for name in names} == {"kvarn_ops", dist_info}
+    assert f"{dist_info}/licenses/LICENSE" in names
+
+
+def test_wheel_holds_every_module(wheel):
+    expected = {"kvarn_ops/py.typed"}
+    for folder in ("kvarn_ops", *MAPPED):
+        for path in (ROOT / folder).rglob("*.py*"):
+            if path.suffix in {".py", ".pyi"} and "__pycache__" not in path.parts:
+                name = path.relative_to(ROOT).as_posix()
+                expected.add(name if folder == "kvarn_ops" else f"kvarn_ops/{name}")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if name.startswith("kvarn_ops/")}
+    assert expected - held == set(), "a folder is missing in [tool.setuptools] packages"
+    assert {name for name in held if ".py" in name} <= expected, "stale modules"
+
+
+def test_wheel_metadata_asks_for_no_triton(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    required = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
+    names = {re.split(r"[^\w.-]", requirement)[0] for requirement in required}
+    assert names == {"torch", "typer"}
+    assert not any("<" in r or "==" in r for r in required), "no upper pins"
+    assert {"hf", "onnx", "tensorrt", "bench", "dev"} <= set(metadata.get_all("Provides-Extra", []))
+
+
+def test_folders_that_must_not_be_packages():
+    for folder in (*MAPPED, "tests", "benchmarks", "examples"):
+        assert not (ROOT / folder / "__init__.py").exists(), folder
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_all_is_what_is_public():
+    assert sorted(kvarn_ops.__all__) == list(kvarn_ops.__all__)
+    assert set(kvarn_ops._LAZY["kvarn_ops"]) <= set(kvarn_ops.__all__)
+    assert set(kvarn_ops.__all__) <= set(dir(kvarn_ops))
+
+
+@pytest.mark.parametrize("package", NAMESPACES)
+def test_no_public_name_is_a_submodule_name(package):
+    folder = ROOT / ("kvarn_ops" if package == "kvarn_ops" else package.partition(".")[2])
+    submodules = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not submodules & set(kvarn_ops._LAZY[package])
+
+
+@pytest.mark.parametrize("folder", MAPPED)
+def test_stub_lists_the_same_names(folder):
+    stub = (ROOT / folder / "__init__.pyi").read_text()
+    found = re.findall(r"from kvarn_ops\.\w+\.(\S+) import (\w+) as \2\n", stub)
+    listed = {name: module for module, name in found}
+    assert listed == kvarn_ops._LAZY[f"kvarn_ops.{folder}"]
+
+
+@pytest.mark.parametrize("current", ["root", "elsewhere"])
+def test_every_public_name_from_a_checkout(current, tmp_path):
+    code = IMPORT_ALL.format(packages=NAMESPACES)
+    cwd, path = (ROOT, None) if current == "root" else (tmp_path, ROOT)
+    answer = run_python(code, cwd=cwd, path=path)
+    assert Path(answer.split(" ", 1)[1]) == ROOT / "kvarn_ops" / "__init__.py"
+
+
+def test_every_public_name_from_a_wheel(wheel_site, tmp_path):
+    code = IMPORT_ALL.format(packages=NAMESPACES)
+    answer = run_python(code, cwd=tmp_path, path=wheel_site)
+    assert Path(answer.split(" ", 1)[1]).is_relative_to(wheel_site)
+
+
+def test_every_public_name_from_an_editable_install(editable_site, sources, tmp_path):
+    # This environment may hold an editable install too, with a finder of the same name: forget it.
+    code = f"""
+import site, sys
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+for name in [name for name in sys.modules if name.startswith("__editable__")]:
+    del sys.modules[name]
+sys.path.insert(0, {str(editable_site)!r})
+site.addsitedir({str(editable_site)!r})
+"""
+    code += IMPORT_ALL.format(packages=NAMESPACES)
+    answer = run_python(code, cwd=tmp_path)
+    assert Path(answer.split(" ", 1)[1]) == sources / "kvarn_ops" / "__init__.py"
+
+
+@pytest.mark.parametrize("where", ["checkout", "wheel"])
+def test_import_needs_torch_only(where, request, tmp_path):
+    site = ROOT if where == "checkout" else request.getfixturevalue("wheel_site")
+    code = (
+        BLOCKER.format(blocked=set(BLOCKED))
+        + "import kvarn_ops, kvarn_ops.lowering, kvarn_ops.export, kvarn_ops.kernels, torch\n"
+        + "kvarn_ops.KVarNConfig(); kvarn_ops.fake_quantize; kvarn_ops.ConfigError\n"
+        + "assert any(str(s.name).startswith('kvarn::') for s in torch._C._jit_get_all_schemas())\n"
+        + "print('imported')"
+    )
+    assert run_python(code, cwd=tmp_path, path=site) == "imported"
+
+
+def test_import_loads_nothing_optional():
+    code = (
+        "import sys, torch; before = set(sys.modules); import kvarn_ops\n"
+        f"print(sorted((set(sys.modules) - before) & set({BLOCKED!r})))"
+    )
+    assert run_python(code, cwd=ROOT) == "[]"
+
+
+@pytest.mark.parametrize(
+    ("blocked", "statement", "error", "words"),
+    [
+        ("transformers", "from kvarn_ops import KVarNCache", "ImportError", "kvarn-ops[hf]"),
+        ("triton", "from kvarn_ops.kernels import decode", "BackendError", "needs Triton"),
+    ],
+)
+def test_a_missing_package_is_one_sentence(blocked, statement, error, words):
+    code = BLOCKER.format(blocked={blocked}) + (
+        f"try:\n    {statement}\nexcept Exception as e:\n    print(type(e).__name__, e)"
+    )
+    answer = run_python(code, cwd=ROOT)
+    assert answer.startswith(error) and words in answer  # noqa: PT018
+
+
+@pytest.mark.parametrize("version", ["installed", "accepted"])
+def test_transformers_imports_from_the_root_with_kernels_installed(version, tmp_path):
+    """Transformers takes only some versions: "accepted" shows it the installed one as such."""
+    pytest.importorskip("transformers")
+    try:
+        distribution = importlib.metadata.distribution("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the Hugging Face package `kernels` is not installed (extra 'dev')")
+    package = Path(str(distribution.locate_file("kernels")))
+    if version == "accepted":
+        from transformers.dependency_versions_table import deps
+
+        minimum = re.search(r">=([\d.]+)", deps["kernels"])
+        assert minimum is not None
+        (tmp_path / "kernels").symlink_to(package)
+        info = tmp_path / f"kernels-{minimum[1]}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Name: kernels\nVersion: {minimum[1]}\n")
+        package = tmp_path / "kernels"
+    code = """
+import json, sys
+import transformers.models.llama.modeling_llama
+from transformers.utils import is_kernels_available
+import kernels, kvarn_ops, kvarn_ops.kernels
+print(json.dumps([is_kernels_available(), kernels.__file__, sys.path[0]]))
+"""
+    path = tmp_path if version == "accepted" else None
+    available, file, first = json.loads(run_python(code, cwd=ROOT, path=path))
+    assert first == "", "the root of the checkout must come first for this test to mean anything"
+    assert Path(file).parent == package
+    if version == "accepted":
+        assert available
+
+
+def test_our_kernels_folder_does_not_pass_for_the_package():
+    """Where `kernels` is not installed, transformers must not take our folder for it."""
+    pytest.importorskip("transformers")
+    code = """
+import importlib.metadata, sys
+from importlib.machinery import PathFinder
+
+class OnlyTheFolder:  # as if the real package, if there is one, were not installed
+    def find_spec(self, name, path=None, target=None):
+        return PathFinder.find_spec(name, [""]) if name == "kernels" else None
+
+sys.meta_path.insert(0, OnlyTheFolder())
+real_version = importlib.metadata.version
+def version(name):
+    if name == "kernels":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return real_version(name)
+importlib.metadata.version = version
+
+import transformers.models.llama.modeling_llama
+from transformers.utils import is_kernels_available
+print(is_kernels_available())
+"""
+    assert run_python(code, cwd=ROOT) == "False"

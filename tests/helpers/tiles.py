@@ -1,0 +1,52 @@
+"""Tiles to quantize, and what tests ask about the result."""
+
+from __future__ import annotations
+
+import torch
+from kvarn_ops.config import KVarNConfig
+from kvarn_ops.reference.decode import decode_keys, decode_values
+from kvarn_ops.reference.encode import EncodedTiles, encode_keys, encode_values
+from torch import Tensor
+
+SIDES = ("k", "v")
+KINDS = ("gauss", "token_spread", "token_outlier", "channel_outlier", "channel_offset")
+
+
+def make_config(side: str, bits: int, group: int, **fields: object) -> KVarNConfig:
+    """Config with `bits` on one side and the default on the other."""
+    name = "key_bits" if side == "k" else "value_bits"
+    return KVarNConfig(**{name: bits, "group_size": group, **fields})  # type: ignore[arg-type]
+
+
+def make_tiles(kind: str, *shape: int, seed: int = 0, std: float = 1.0) -> Tensor:
+    """Random tiles `[..., tokens, channels]`, fp32, of one of `KINDS`."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    tokens, channels = shape[-2:]
+    if kind == "token_spread":
+        x = x * (torch.randn((*shape[:-1], 1), generator=generator) * 0.7).exp()
+    elif kind == "token_outlier":
+        x[..., tokens // 3, :] *= 30
+    elif kind == "channel_outlier":
+        x[..., channels // 5] *= 20
+        x[..., channels // 2] *= 8
+    elif kind == "channel_offset":
+        x = x + 4 * torch.randn((channels,), generator=generator)
+    return x * std
+
+
+def encode(side: str, x: Tensor, config: KVarNConfig) -> EncodedTiles:
+    return encode_keys(x, config) if side == "k" else encode_values(x, config)
+
+
+def decode(side: str, tiles: EncodedTiles, config: KVarNConfig) -> Tensor:
+    return decode_keys(tiles, config) if side == "k" else decode_values(tiles, config)
+
+
+def round_trip(side: str, x: Tensor, config: KVarNConfig) -> Tensor:
+    return decode(side, encode(side, x, config), config)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    found, wanted = found.double(), wanted.double()
+    return float((found - wanted).norm() / wanted.norm())
