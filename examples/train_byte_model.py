@@ -7,7 +7,6 @@ modules are kept out of training: they measure the model and serve as unseen lon
 Example
 -------
     python examples/train_byte_model.py --minutes 40 --threads 2
-    python examples/train_byte_model.py --evaluate-only
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 BOS, EOS, VOCAB_SIZE = 256, 257, 258
 MAX_CONTEXT = 4096
 TOKENS_PER_STEP = 8192
-# Smaller pieces of a step stay inside the CPU caches.
-TOKENS_PER_PIECE = 4096
+TOKENS_PER_PIECE = 4096  # what a forward and backward pass keeps inside the CPU caches
 STEPS_PER_LOG_ROW = 25
 # (share of the budget at which the phase ends, context length): attention is the slowest
 # kernel on a CPU, so most steps are taken at lengths where it is still cheap.
@@ -56,24 +54,15 @@ Documents = dict[str, bytes]
 
 
 def read_documents() -> tuple[Documents, Documents]:
-    """Read the standard library.
-
-    Returns
-    -------
-    tuple[Documents, Documents]
-        Training and held-out files, text by path relative to the standard library.
-    """
+    """Training and held-out files: text by path relative to the standard library."""
     root = Path(sysconfig.get_path("stdlib"))
     training: Documents = {}
     heldout: Documents = {}
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if SKIPPED_PARTS & set(relative.parts):
-            continue
-        if any(part.startswith(SKIPPED_PREFIXES) for part in relative.parts):
-            continue
         name = relative.as_posix()
-        (heldout if name in HELDOUT else training)[name] = path.read_bytes()
+        if not SKIPPED_PARTS & set(relative.parts) and not name.startswith(SKIPPED_PREFIXES):
+            (heldout if name in HELDOUT else training)[name] = path.read_bytes()
     return training, heldout
 
 
@@ -117,34 +106,22 @@ def heldout_windows(heldout: Documents, context: int) -> Tensor:
 
 def build_model() -> LlamaForCausalLM:
     """Make the untrained model."""
+    layers = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    places = {"max_position_embeddings": MAX_CONTEXT, "rope_theta": 10000.0}
     special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": EOS}
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=MAX_CONTEXT,
-        rope_theta=10000.0,
-        tie_word_embeddings=True,
-        **special,
-    )
-    model = LlamaForCausalLM(config)
+    shape = {"vocab_size": VOCAB_SIZE, "tie_word_embeddings": True, **layers, **heads, **places}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **special))
     model.generation_config = GenerationConfig(**special)
     return model
 
 
 def build_optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for the embedding and the norms."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "layers" not in n]
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def score(model: LlamaForCausalLM, windows: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,11 +144,8 @@ def position_table(bits: Tensor, hits: Tensor) -> list[dict[str, float]]:
     """Mean loss and accuracy by position in the window; the last row covers all of it."""
     table = []
     for low, high in [*itertools.pairwise(BUCKETS), (0, MAX_CONTEXT)]:
-        part = {
-            "bits_per_byte": round(bits[:, low:high].mean().item(), 4),
-            "accuracy": round(hits[:, low:high].float().mean().item(), 4),
-        }
-        table.append({"from": low, "to": high, **part})
+        loss, accuracy = (round(x[:, low:high].float().mean().item(), 4) for x in (bits, hits))
+        table.append({"from": low, "to": high, "bits_per_byte": loss, "accuracy": accuracy})
     return table
 
 

@@ -141,6 +141,14 @@ class KVarNConfig:
         """Number of quantized tiles of a sequence of `length` tokens."""
         return max(0, (length - self.num_sink_tokens - self.tail_tokens) // self.group_size)
 
+    def allocated_tiles(self, max_cache_len: int) -> int:
+        """Tiles that a cache for `max_cache_len` tokens allocates.
+
+        At least two: compilers specialize on sizes 0 and 1, so that a small cache would be
+        compiled apart from all others.
+        """
+        return max(2, self.num_tiles(max_cache_len))
+
     @property
     def ring_len(self) -> int:
         """Slots of the tail's ring buffer.
@@ -174,9 +182,9 @@ class KVarNConfig:
             Tokens in the sequence, which is also the capacity both caches are allocated for.
         """
         token = 2 * head_dim * _DENSE_BYTES
-        dense_slots = min(context_len, self.num_sink_tokens + self.ring_len)
-        stored = dense_slots * token + self.num_tiles(context_len) * self.tile_bytes(head_dim)
-        return context_len * token / stored if stored else 1.0
+        dense_slots = self.num_sink_tokens + self.ring_len
+        packed = self.allocated_tiles(context_len) * self.tile_bytes(head_dim)
+        return context_len * token / (dense_slots * token + packed)
 
     def to_string(self) -> str:
         """The whole config as one line: the form in which ops and exported programs carry it."""

@@ -86,11 +86,6 @@ def row_bytes(n: int, bits: int) -> int:
     return n * bits // 8
 
 
-def num_tiles(config: KVarNConfig, max_cache_len: int) -> int:
-    """Tiles to allocate so that `max_cache_len` tokens fit."""
-    return config.num_tiles(max_cache_len)
-
-
 def capacity(config: KVarNConfig, tiles: int) -> int:
     """Largest number of tokens that fit a cache with this many allocated tiles."""
     return (
@@ -111,7 +106,7 @@ def allocate(
 ) -> TileCache:
     """An empty cache for one layer, all zeros."""
     lead = (batch_size, num_kv_heads)
-    tiles, group = num_tiles(config, max_cache_len), config.group_size
+    tiles, group = config.allocated_tiles(max_cache_len), config.group_size
 
     def zeros(*shape: int, kind: torch.dtype) -> Tensor:
         return torch.zeros(lead + shape, dtype=kind, device=device)

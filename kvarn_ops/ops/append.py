@@ -138,4 +138,8 @@ append = define(
     _append_functional_fake,
 )
 
-assert EncodedTiles._fields == ("codes", "affine", "other_scale")  # the order _write_tiles relies on
+assert EncodedTiles._fields == (
+    "codes",
+    "affine",
+    "other_scale",
+)  # the order _write_tiles relies on

@@ -104,14 +104,11 @@ def attend_decode_traced(
 ) -> Tensor:
     """One new token per row, for compilers: straight-line code, work proportional to live tiles."""
     batch, capacity = q.shape[0], cache.k_codes.shape[2]
-    chunks: list[tuple[int, int]] = []
-    if capacity:
-        # At least one tile keeps the shape non-empty; the mask hides it while none is live.
-        live = tiles_of(cache.seq_lens, config).max().clamp(1, capacity).item()
-        hint_size(live, _TYPICAL_TILES)
-        torch._check(live >= 1)
-        torch._check(live <= capacity)
-        chunks = [(0, live)]  # type: ignore[list-item]
+    # At least one tile keeps the shape non-empty; the mask hides it while none is live.
+    live = tiles_of(cache.seq_lens, config).max().clamp(1, capacity).item()
+    hint_size(live, _TYPICAL_TILES)
+    torch._check(live >= 1)
+    torch._check(live <= capacity)
     new_visible = torch.ones(batch, 1, 1, dtype=torch.bool, device=q.device)
     return _attend_block(
         q,
@@ -125,7 +122,7 @@ def attend_decode_traced(
         scale,
         softcap,
         config,
-        chunks,
+        [(0, live)],  # type: ignore[list-item]  (a SymInt)
         dot_unrolled,
     )
 
@@ -172,9 +169,7 @@ def _attend_block(
             hidden = hidden.repeat(1, 1, q_per_kv, 1)
         scores = scores.masked_fill(hidden.unsqueeze(1), -torch.inf)
         peak, weights, total = _exponentials(scores, (2, 4))
-        part = _Partial(
-            peak.squeeze(2), total.squeeze(2), tile_output(weights, tiles, config, dot)
-        )
+        part = _Partial(peak.squeeze(2), total.squeeze(2), tile_output(weights, tiles, config, dot))
         packed = part if packed is None else _merge(packed, part)
     if packed is not None:
         if config.rotate_values:

@@ -67,7 +67,7 @@ def _step_kernel(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *rest: A
         visible = _new_visible(q, k, valid, causal)
         out = attend(q, cache, k, v, visible, None, rotation, sink_logits, scale, softcap, config)
     store(cache, k, v, valid, rotation, config)
-    return out
+    return out.contiguous()  # SDPA returns a transposed view on CPU
 
 
 def _new_visible(q: Tensor, k: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
@@ -110,9 +110,7 @@ def _step_traced(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict | Non
     with mode:
         cache = TileCache(*rest[:_CACHE_LEN])
         config = KVarNConfig.from_string(config_line)
-        out = attend_decode_traced(
-            q, cache, k, v, rotation, sink_logits, scale, softcap, config
-        )
+        out = attend_decode_traced(q, cache, k, v, rotation, sink_logits, scale, softcap, config)
         append_(k, v, None, *cache, rotation, config_line)
         return out
 

@@ -102,8 +102,12 @@ def _samples(
         yield args, {}
         return
     queries_heads = 2 * _HEADS
-    for count, masked in ((1, False), (40, True)):
-        cache, rotation = filled_cache(config, [150, 31], device)
+    for lengths, count, masked in (
+        ([150, 31], 1, False),
+        ([150, 31], 40, True),
+        ([0, 0], 5, False),
+    ):
+        cache, rotation = filled_cache(config, lengths, device)
         k, v = randn(2, _ROWS, _HEADS, count, _DIM)
         valid = torch.ones(_ROWS, count, dtype=torch.bool, device=device) if masked else None
         if valid is not None:

@@ -27,7 +27,7 @@ CLIP_MIN = {2: 0.39, 3: 0.56, 4: 0.74}  # narrowest fraction of the min-max rang
 NORM_RATIO_MAX = 8.0
 
 # Exponents of the token scale that fp16 holds with room for the spread within a tile.
-_TOKEN_EXPONENT_MIN, _TOKEN_EXPONENT_MAX = -8, 14
+_TOKEN_EXPONENT_MIN, _TOKEN_EXPONENT_MAX = 0, 14
 
 
 class EncodedTiles(NamedTuple):

@@ -55,7 +55,7 @@ def fake_quantize(
     tiles = config.num_tiles(k.shape[2])
     start, count = config.num_sink_tokens, tiles * config.group_size
     k_hat, v_hat = k.float().clone(), v.float().clone()
-    if tiles:
+    if tiles and k.numel():
         for x, out, encode, decode in (
             (k, k_hat, encode_keys, decode_keys),
             (v, v_hat, encode_values, decode_values),

@@ -7,6 +7,8 @@ is kept, since the iteration is not monotone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def normalize_paper(tile: Tensor, iters: int) -> tuple[Tensor, Tensor]:
     column_scale, row_scale : Tensor
         `[..., 1, C]` and `[..., R, 1]`; `tile / column_scale / row_scale` is balanced.
     """
-    return _iterate(tile, iters, PAPER_LOG_MIN, PAPER_STD_MIN, ignore_zeros=False)
+    return _iterate(tile, iters, PAPER_LOG_MIN, PAPER_STD_MIN, _torch_std, ignore_zeros=False)
 
 
 def normalize_plus(tile: Tensor, iters: int) -> tuple[Tensor, Tensor]:
@@ -45,7 +47,7 @@ def normalize_plus(tile: Tensor, iters: int) -> tuple[Tensor, Tensor]:
     without any floor nearly constant tiles diverge. A floor relative to the tile's own amplitude
     (`gauge_exponent`) removes both.
     """
-    return _iterate(tile, iters, PLUS_LOG_MIN, PLUS_STD_MIN, ignore_zeros=True)
+    return _iterate(tile, iters, PLUS_LOG_MIN, PLUS_STD_MIN, _fast_std, ignore_zeros=True)
 
 
 def gauge_exponent(tile: Tensor) -> Tensor:
@@ -58,21 +60,30 @@ def gauge_exponent(tile: Tensor) -> Tensor:
 
 
 def _iterate(
-    tile: Tensor, iters: int, log_min: float, std_min: float, ignore_zeros: bool
+    tile: Tensor,
+    iters: int,
+    log_min: float,
+    std_min: float,
+    std: Callable[[Tensor, int], Tensor],
+    ignore_zeros: bool,
 ) -> tuple[Tensor, Tensor]:
     column_log = torch.zeros_like(tile[..., :1, :])
     row_log = torch.zeros_like(tile[..., :, :1])
     column_scale, row_scale = column_log.exp(), row_log.exp()
+    column_std, row_std = std(tile, -2), std(tile, -1)
     # Decided once: a token that counts in one iterate only would decide which iterate is best.
-    skip_columns = (tile.std(dim=-2, keepdim=True) < _ZERO_STD) & ignore_zeros
-    skip_rows = (tile.std(dim=-1, keepdim=True) < _ZERO_STD) & ignore_zeros
-    balanced, best = tile, _imbalance(tile, skip_columns, skip_rows)
+    skip_columns, skip_rows = (
+        (column_std < _ZERO_STD) & ignore_zeros,
+        (row_std < _ZERO_STD) & ignore_zeros,
+    )
+    best = _spread(column_std, skip_columns) + _spread(row_std, skip_rows)
     for _ in range(iters):
-        column_log = _step(column_log, balanced.std(dim=-2, keepdim=True), log_min, std_min)
+        column_log = _step(column_log, column_std, log_min, std_min)
         balanced = tile / column_log.exp() / row_log.exp()
-        row_log = _step(row_log, balanced.std(dim=-1, keepdim=True), log_min, std_min)
+        row_log = _step(row_log, std(balanced, -1), log_min, std_min)
         balanced = tile / column_log.exp() / row_log.exp()
-        imbalance = _imbalance(balanced, skip_columns, skip_rows)
+        column_std, row_std = std(balanced, -2), std(balanced, -1)
+        imbalance = _spread(column_std, skip_columns) + _spread(row_std, skip_rows)
         better = imbalance <= best
         best = torch.where(better, imbalance, best)
         column_scale = torch.where(better, column_log.exp(), column_scale)
@@ -80,18 +91,23 @@ def _iterate(
     return column_scale, row_scale
 
 
+def _torch_std(x: Tensor, dim: int) -> Tensor:
+    """As the published code: near-ties between iterates depend on the last bits."""
+    return x.std(dim, keepdim=True)
+
+
+def _fast_std(x: Tensor, dim: int) -> Tensor:
+    """Two passes, as precise as `Tensor.std` and an order of magnitude faster on CPU."""
+    centred = x - x.mean(dim, keepdim=True)
+    return (centred.square().sum(dim, keepdim=True) / (x.shape[dim] - 1)).sqrt()
+
+
 def _step(log_scale: Tensor, std: Tensor, log_min: float, std_min: float) -> Tensor:
     return (log_scale + std.clamp(std_min, STD_MAX).log()).clamp(log_min, LOG_MAX)
 
 
-def _imbalance(tile: Tensor, skip_columns: Tensor, skip_rows: Tensor) -> Tensor:
-    """Largest over smallest standard deviation of columns plus the same of rows, `[..., 1, 1]`."""
-    return _spread(tile.std(dim=-2, keepdim=True), skip_columns) + _spread(
-        tile.std(dim=-1, keepdim=True), skip_rows
-    )
-
-
 def _spread(std: Tensor, skip: Tensor) -> Tensor:
+    """Largest over smallest standard deviation, skipped rows or columns aside, `[..., 1, 1]`."""
     largest = std.masked_fill(skip, 0.0).amax(dim=(-2, -1), keepdim=True)
     smallest = std.masked_fill(skip, torch.inf).amin(dim=(-2, -1), keepdim=True)
     smallest = smallest.clamp_min(_IMBALANCE_FLOOR)

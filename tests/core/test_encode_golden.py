@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from kvarn_ops.layout import unpack_codes
 from tiles import decode, encode, make_config, relative_error
-from torch import Tensor
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"
 FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
-import float64_model
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+import float64_model
 from kvarn_ops.config import BITS, GROUP_SIZES, KVarNConfig
 from kvarn_ops.errors import InputError
 from kvarn_ops.hadamard import hadamard
@@ -16,19 +19,37 @@ from kvarn_ops.layout import unpack_codes
 from kvarn_ops.reference import encode as encode_module
 from kvarn_ops.reference.encode import EncodedTiles, sanitize
 from tiles import KINDS, SIDES, decode, encode, make_config, make_tiles, relative_error, round_trip
-from torch import Tensor
 
 HEAD_DIMS = (32, 64, 80, 96, 112, 128, 192, 576)
 ENCODERS = ("paper", "plus")
-ERROR_LIMIT = {2: 0.56, 3: 0.26, 4: 0.13, 8: 0.012}  # of gaussian tiles
+# Relative errors of gaussian tiles, the worst shape included (576 channels, min-max rounding).
+ERROR_LIMIT = {
+    "paper": {2: 0.62, 3: 0.27, 4: 0.13, 8: 0.008},
+    "plus": {2: 0.37, 3: 0.21, 4: 0.115, 8: 0.008},
+}
 
 sides = st.sampled_from(SIDES)
 bit_widths = st.sampled_from(BITS)
 groups = st.sampled_from(GROUP_SIZES)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiles are small: a second thread only waits, and badly on a machine with other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def quick(examples: int) -> settings:
-    return settings(max_examples=examples, deadline=None, derandomize=True)
+    # No shrinking: whole tiles shrink slowly, and a failing example names its few parameters.
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        phases=(Phase.explicit, Phase.generate),
+    )
 
 
 def codes_of(side: str, tiles: EncodedTiles, config: KVarNConfig) -> Tensor:
@@ -99,31 +120,34 @@ def test_codes_and_values_are_those_of_the_model(
     differ = (model.codes != codes) & ~model.ambiguous_rows[:, None]
     assert not (differ & ~tie).any(), f"{int((differ & ~tie).sum())} codes differ off a tie"
     assert abs(model.codes - codes)[differ].max(initial=0) <= 1
-    assert differ.mean() <= 1e-4 * 2**bits
+    assert differ.sum() <= 3 + 1e-4 * codes.size
 
+    # Fp16 scales and offsets cost up to 2**-11 each.
     restored = torch.from_numpy(model.restored)
     restored = (restored.T if side == "k" else restored) @ rotation.T
-    error = relative_error(decode(side, tiles, config), x)
-    assert error == pytest.approx(relative_error(restored, x), rel=0.01)
-    if not model.ambiguous_rows.any():
-        assert relative_error(decode(side, tiles, config), restored) <= 1.5e-3
+    found = decode(side, tiles, config)
+    assert relative_error(found, x) == pytest.approx(
+        relative_error(restored, x), rel=0.01, abs=5e-4
+    )
+    if (model.codes == codes).all():
+        assert relative_error(found, restored) <= 2.5e-3
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_every_combination_of_bits_group_and_head_dim(encoder: str, head_dim: int) -> None:
     for group in GROUP_SIZES:
-        x = make_tiles("gauss", 2, group, head_dim, seed=group)
+        x = make_tiles("gauss", 1, group, head_dim, seed=group)
         for bits in BITS:
             for side in SIDES:
                 config = make_config(side, bits, group, encoder=encoder)
                 tiles = encode(side, x, config)
                 rows, packed = (group, head_dim) if side == "k" else (head_dim, group)
-                assert tiles.codes.shape == (2, rows, packed * bits // 8)
-                assert tiles.affine.shape == (2, 2, packed)
-                assert tiles.other_scale.shape == (2, rows)
+                assert tiles.codes.shape == (1, rows, packed * bits // 8)
+                assert tiles.affine.shape == (1, 2, packed)
+                assert tiles.other_scale.shape == (1, rows)
                 error = relative_error(decode(side, tiles, config), x)
-                assert error < ERROR_LIMIT[bits], (group, bits, side)
+                assert error < ERROR_LIMIT[encoder][bits], (group, bits, side)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -159,9 +183,9 @@ def test_plus_is_more_accurate_than_paper_at_two_bits(kind: str, side: str) -> N
 @pytest.mark.parametrize("side", SIDES)
 def test_accuracy_of_plus_does_not_depend_on_amplitude(side: str, bits: int) -> None:
     for kind in ("gauss", "token_spread", "channel_outlier"):
-        x = make_tiles(kind, 4, 128, 64)
+        x = make_tiles(kind, 4, 64, 64)
         x = x / x.std()
-        config = make_config(side, bits, 128)
+        config = make_config(side, bits, 64)
         reference = relative_error(round_trip(side, x, config), x)
         highest = 4 if kind == "gauss" else 3  # beyond, outliers leave fp16's range
         for exponent in range(-6, highest + 1):
@@ -352,8 +376,8 @@ def test_anything_at_all_gives_finite_values(
     assert_all_finite(tiles)
     restored = decode(side, tiles, config)
     assert restored.isfinite().all()
-    # Never further from the stored values than a few times their own size.
-    assert restored.norm() <= 4 * sanitize(x).norm() + 1e-4
+    if encoder == "plus":  # the published method can be off by a factor of ten on such tiles
+        assert restored.norm() <= 1.01 * sanitize(x).norm() + 1e-4
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -367,19 +391,19 @@ def test_zero_tokens_come_back_as_zeros_with_plus(side: str, bits: int) -> None:
     restored = round_trip(side, x, config)
     assert (restored[:, ~alive] == 0).all()
     dense = relative_error(restored[:, alive], x[:, alive])
-    assert dense < ERROR_LIMIT[bits], "zero tokens spoiled the others"
+    assert dense < ERROR_LIMIT["plus"][bits], "zero tokens spoiled the others"
     assert not round_trip(side, torch.zeros_like(x), config).any()
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_a_nearly_zero_token_does_not_spoil_the_others(side: str) -> None:
     """At every size: one that counted in some iterates only once decided which was the best."""
-    x = make_tiles("gauss", 4, 128, 128) * make_tiles("gauss", 4, 128, 1, seed=1).exp()
-    others = torch.arange(128) != 7
-    config = make_config(side, 2, 128)
+    x = make_tiles("gauss", 4, 64, 64) * make_tiles("gauss", 4, 64, 1, seed=1).exp()
+    others = torch.arange(64) != 7
+    config = make_config(side, 2, 64)
     reference = relative_error(round_trip(side, x, config)[:, others], x[:, others])
     for exponent in range(-12, 0):
-        x[:, 7] = make_tiles("gauss", 4, 128, seed=2, std=10.0**exponent)
+        x[:, 7] = make_tiles("gauss", 4, 64, seed=2, std=10.0**exponent)
         error = relative_error(round_trip(side, x, config)[:, others], x[:, others])
         assert error < 1.08 * reference, f"a token of size 1e{exponent}"
 
@@ -392,11 +416,12 @@ def test_constant_rows_and_tiles_are_kept(side: str, rotate: bool, encoder: str)
     config = replace(config, rotate_values=rotate)
     for constant in (1.0, -3.5, 200.0):
         x = torch.full((64, 64), constant)
-        assert relative_error(round_trip(side, x, config), x) < 2e-3
+        # `paper` stores zero points apart from scales, both rounded.
+        limit = 2e-3 if encoder == "plus" else 1e-2
+        assert relative_error(round_trip(side, x, config), x) < limit
     same_tokens = make_tiles("gauss", 1, 64).expand(64, 64)
-    if side == "k" or encoder == "plus":
-        limit = 2e-3 if side == "k" else ERROR_LIMIT[2]
-        assert relative_error(round_trip(side, same_tokens, config), same_tokens) < limit
+    limit = 2e-3 if side == "k" else 0.62  # V rows are tokens: nothing constant along them
+    assert relative_error(round_trip(side, same_tokens, config), same_tokens) < limit
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -408,7 +433,7 @@ def test_the_extremes_of_half_precision(side: str, encoder: str) -> None:
         x = x.half()
         tiles = encode(side, x, config)
         assert_all_finite(tiles)
-        assert relative_error(decode(side, tiles, config), x) < ERROR_LIMIT[4]
+        assert relative_error(decode(side, tiles, config), x) < 0.15
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -420,15 +445,13 @@ def test_one_huge_element_costs_its_own_token_only(side: str) -> None:
     others = torch.arange(64) != 9
     assert relative_error(restored[9], x[9]) < 0.2
     if side == "k":
-        assert relative_error(restored[others], x[others]) < 2 * ERROR_LIMIT[4]
+        assert relative_error(restored[others], x[others]) < 2 * ERROR_LIMIT["plus"][4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("side", SIDES)
-def test_low_precision_input_is_read_exactly(
-    side: str, encoder: str, dtype: torch.dtype
-) -> None:
+def test_low_precision_input_is_read_exactly(side: str, encoder: str, dtype: torch.dtype) -> None:
     x = make_tiles("gauss", 2, 64, 96).to(dtype)
     config = make_config(side, 4, 64, encoder=encoder)
     assert_equal(encode(side, x, config), encode(side, x.float(), config))
@@ -445,7 +468,7 @@ def test_check_finite_raises_and_changes_nothing(side: str, bad: float) -> None:
     assert_equal(encode(side, x, config), encode(side, x, replace(config, check_finite=False)))
     x[1, 2, 3] = bad
     before = x.clone()
-    with pytest.raises(InputError, match="NaN or Inf.*check_finite=False"):
+    with pytest.raises(InputError, match=r"NaN or Inf.*check_finite=False"):
         encode(side, x, config)
     assert torch.equal(x.nan_to_num(), before.nan_to_num())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from kvarn_ops.errors import InputError
 from kvarn_ops.hadamard import check_head_dim, hadamard, has_construction
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from kvarn_ops import layout
 from kvarn_ops.config import BITS, KVarNConfig
-from torch import Tensor
 
 sizes = st.integers(2, 36).map(lambda k: 16 * k)
 bit_widths = st.sampled_from(BITS)
@@ -163,7 +164,7 @@ def test_a_cache_has_room_for_the_length_asked_for(
     group: int, sinks: int, tail: int, length: int
 ) -> None:
     config = KVarNConfig(group_size=group, num_sink_tokens=sinks, tail_tokens=tail)
-    tiles = layout.num_tiles(config, length)
+    tiles = config.allocated_tiles(length)
     assert layout.capacity(config, tiles) >= length
     assert config.num_tiles(layout.capacity(config, tiles)) == tiles
     assert config.num_tiles(layout.capacity(config, tiles) + 1) == tiles + 1

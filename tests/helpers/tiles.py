@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from kvarn_ops.config import KVarNConfig
 from kvarn_ops.reference.decode import decode_keys, decode_values
 from kvarn_ops.reference.encode import EncodedTiles, encode_keys, encode_values
-from torch import Tensor
 
 SIDES = ("k", "v")
 KINDS = ("gauss", "token_spread", "token_outlier", "channel_outlier", "channel_offset")

@@ -1,0 +1,145 @@
+"""The attention and mask functions that a patched model calls through transformers' registries.
+
+A name `kvarn_<base>` in the config selects both. With a KVarN layer they use packed storage;
+otherwise they do exactly what `<base>` does, so that a patched model without a KVarN cache is
+unchanged. The mask function cannot see the cache: KVarN layers ask for a mask of negative length,
+and get the validity of the new tokens `[B, 1, 1, S]`, or None if all are valid.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .._compat import is_compiling
+from ..errors import InputError, UnsupportedModelError
+from .cache import ATTENTION_PREFIX
+from .layer import KVarNLayer
+
+__all__ = ["LAYER_KWARG", "register"]
+
+LAYER_KWARG = "kvarn_layer"
+
+
+def register(base: str) -> str:
+    """Register `kvarn_<base>` with transformers, once, and return the name."""
+    name = ATTENTION_PREFIX + base
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(name, _attention_function(base))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, _mask_function(base))
+    return name
+
+
+def _attention_function(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attention(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        layer = kwargs.pop(LAYER_KWARG, None)
+        if layer is None:
+            if base == "eager":
+                dense = sys.modules[type(module).__module__].eager_attention_forward
+            else:
+                dense = ALL_ATTENTION_FUNCTIONS[base]
+            return dense(module, query, key, value, attention_mask, **kwargs)
+        return _packed_attention(layer, query, key, value, attention_mask, **kwargs), None
+
+    attention.__name__ = f"{ATTENTION_PREFIX}{base}_attention"
+    return attention
+
+
+def _packed_attention(
+    layer: KVarNLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """`[B, S, H_q, D]`: attention over the layer's cache and the new tokens, which are stored."""
+    if dropout:
+        raise InputError(
+            f"attention dropout {dropout} with a KVarN cache: call model.eval(), dropout is not "
+            "applied to packed tokens."
+        )
+    if kwargs.get("output_attentions"):
+        raise InputError(
+            "output_attentions=True needs the full attention matrix, which a KVarN cache never "
+            "forms: leave it off, or use another cache."
+        )
+    if kwargs.get("position_bias") is not None or kwargs.get("sliding_window") is not None:
+        raise UnsupportedModelError(
+            "this layer adds a position bias or a sliding window to a packed layer, which is not "
+            "supported: patch with strict=False to leave the model dense."
+        )
+    assert layer.tiles is not None
+    return torch.ops.kvarn.step_(
+        query,
+        key,
+        value,
+        _new_token_validity(attention_mask, query.shape[2]),
+        *layer.tiles,
+        layer.rotation,
+        s_aux,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap or 0.0,
+        True,
+        layer.config_line,
+        layer.backend,
+    ).transpose(1, 2)
+
+
+def _new_token_validity(mask: Tensor | None, new_tokens: int) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != 1 or mask.shape[3] != new_tokens:
+        raise InputError(
+            f"an attention mask of shape {tuple(mask.shape)} was given with a KVarN cache: pass "
+            "the 2-D padding mask [batch, tokens], other patterns than causal are not supported."
+        )
+    return mask[:, 0, 0]
+
+
+def _mask_function(base: str) -> Callable[..., Tensor | None]:
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        kv_length = kwargs["kv_length"]
+        if kv_length >= 0:
+            return ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
+        if kwargs.get("local_size") is not None or (
+            kwargs.get("mask_function", causal_mask_function) is not causal_mask_function
+        ):
+            raise UnsupportedModelError(
+                "this model asks for a mask that is not plainly causal (packed sequences, image "
+                "blocks, chunks) on a packed layer: use another cache for such inputs."
+            )
+        return _validity(kwargs)
+
+    mask.__name__ = f"{ATTENTION_PREFIX}{base}_mask"
+    return mask
+
+
+def _validity(kwargs: dict[str, Any]) -> Tensor | None:
+    """`[B, 1, 1, S]` bool from the 2-D padding mask, or None if all new tokens are valid."""
+    padding, count = kwargs.get("attention_mask"), kwargs["q_length"]
+    if padding is None:
+        return None
+    if count == 1:
+        # generate appends ones only. Checking would put a reduction into every compiled step.
+        if is_compiling() or padding.device.type != "cpu" or bool(padding[:, -1].all()):
+            return None
+    positions = torch.arange(count, device=padding.device) + kwargs["q_offset"]
+    return padding.bool().index_select(1, positions)[:, None, None, :]
