@@ -16,7 +16,7 @@ from torch import Tensor
 from .._compat import hint_size
 from ..config import KVarNConfig
 from ..layout import TileCache
-from .formula import Dot, dot_matmul, dot_unrolled, tile_output, tile_scores
+from .formula import Dot, dot_matmul, dot_unrolled, materialized, tile_output, tile_scores
 
 __all__ = ["attend", "attend_decode_traced", "tiles_of"]
 
@@ -219,7 +219,8 @@ def _tiles_hidden(
     """
     live = tiles_of(cache.seq_lens, config)[:, None]
     tile = start + torch.arange(count, device=live.device)
-    dead = (tile >= live)[:, :, None, None]  # [B, n, 1, 1]
+    # Written out, or compilers put the integer division into the loop over scores.
+    dead = materialized(tile >= live)[:, :, None, None]  # [B, n, 1, 1]
     if limit is None:
         return dead
     token = torch.arange(config.group_size, device=live.device)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import KVarNConfig
 from ..layout import Field, TileCache, center, fields, to_field_order
 
-__all__ = ["Dot", "dot_matmul", "dot_unrolled", "tile_output", "tile_scores"]
+__all__ = ["Dot", "dot_matmul", "dot_unrolled", "materialized", "tile_output", "tile_scores"]
 
 # (codes [..., R, bytes] uint8, x [..., M, K] fp32, bits) -> x @ codes.T, [..., M, R] fp32
 Dot = Callable[[Tensor, Tensor, int], Tensor]
@@ -87,7 +87,7 @@ def dot_unrolled(codes: Tensor, x: Tensor, bits: int) -> Tensor:
     matrix product would be an external kernel, for which Inductor first writes the codes out.
     """
     operands = [
-        (field.weight, _field_values(codes, field), _materialized(part))
+        (field.weight, _field_values(codes, field), materialized(part))
         for field, part in zip(fields(bits, x.shape[-1]), to_field_order(x, bits), strict=True)
     ]
     columns = []
@@ -109,7 +109,7 @@ def _field_values(codes: Tensor, field: Field) -> Tensor:
     return part.float()
 
 
-def _materialized(x: Tensor) -> Tensor:
+def materialized(x: Tensor) -> Tensor:
     """Force Inductor to write `x` to memory; inlined, it would be recomputed for every code."""
     x = x.contiguous()
     return torch.as_strided(x, x.shape, x.stride())
