@@ -40,7 +40,8 @@ def keeps_custom_ops() -> bool:
 
 def hint_size(size: Any, value: int) -> None:
     """Tell Inductor what to assume of a data-dependent size; without it (torch < 2.13) no fusion
-    across loops of that size is found, which costs speed only."""
+    across loops of that size is found, which costs speed only.
+    """
     override = getattr(torch._dynamo, "override_optimization_hint", None)
     if override is not None:
         override(size, value)

@@ -108,7 +108,7 @@ class KVarNConfig:
                 f"{', '.join(sorted(known))}."
             )
         key_bits, value_bits, group_size = match.groups()
-        preset = {
+        preset: dict[str, Any] = {
             "key_bits": int(key_bits),
             "value_bits": int(value_bits),
             "group_size": int(group_size or 128),

@@ -66,12 +66,13 @@ class TileCache(NamedTuple):
 
     def tiles(self, start: int, count: int) -> TileCache:
         """View of `count` tiles; sinks, tail and lengths stay whole."""
-        packed = (tensor.narrow(2, start, count) for tensor in self[:6])
-        return TileCache(*packed, *self[6:])
+        packed = {name: getattr(self, name).narrow(2, start, count) for name in PACKED_FIELDS}
+        return self._replace(**packed)
 
 
 CODE_FIELDS = ("k_codes", "v_codes")
 SCALE_FIELDS = ("k_channel_affine", "k_token_scale", "v_token_affine", "v_channel_scale")
+PACKED_FIELDS = CODE_FIELDS + SCALE_FIELDS
 SINK_FIELDS = ("k_sink", "v_sink")
 TAIL_FIELDS = ("k_tail", "v_tail")
 

@@ -98,7 +98,7 @@ def patch(
     adapter.attach(target, record)  # type: ignore[arg-type]
     from .lowering.source_pass import acquire
 
-    acquire(target)
+    acquire(record.lifetime)
     packed = [report for report in reports if report.packed]
     _logger.info(
         "%s: %d attention layers packed (%s, backend %s, %.0f bytes per token and layer), %d stay "
@@ -119,10 +119,8 @@ def unpatch(model: _Model) -> _Model:
     if getattr(target, "_kvarn_patch", None) is None:
         return model
     from .hf import adapter
-    from .lowering.source_pass import release
 
     adapter.detach(target)  # type: ignore[arg-type]
-    release(target)
     _logger.info("%s: unpatched.", _name(target))
     return model
 

@@ -6,7 +6,8 @@ A custom pass is in the key through its `uuid`, which here is a hash of every so
 package. The pass changes no graph.
 
 It is installed while any patched model is alive, appended to what is there, and removed with the
-last one. `inductor_options()` gives the same pass to a single `torch.compile` call.
+last one: `acquire` takes an object that lives as long as the patch. `inductor_options()` gives the
+same pass to a single `torch.compile` call.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import kvarn_ops
 
-__all__ = ["SourcePass", "acquire", "inductor_options", "release", "seen_ops"]
+__all__ = ["SourcePass", "acquire", "inductor_options", "seen_ops"]
 
 _SLOT = "post_grad_custom_pre_pass"
 _logger = logging.getLogger("kvarn_ops")
@@ -39,6 +40,7 @@ class SourcePass(CustomGraphPass):
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
+        """Count the ops of one graph."""
         counts: Counter[str] = Counter()
         for node in graph.nodes:
             if node.op != "call_function":
@@ -70,23 +72,16 @@ def _source_hash() -> str:
 
 
 _PASS = SourcePass()
-_users: dict[int, Any] = {}  # id of a patched model -> its finalizer
+_users: dict[int, Any] = {}  # id of an owner -> its finalizer
 
 
-def acquire(model: torch.nn.Module) -> None:
-    """Install the pass for as long as `model` lives, or until `release`."""
+def acquire(owner: object) -> None:
+    """Install the pass for as long as `owner` lives."""
     if not _users:
         present = getattr(inductor_config, _SLOT)
         setattr(inductor_config, _SLOT, _joined(present))
-    key = id(model)
-    _users[key] = weakref.finalize(model, _drop, key)
-
-
-def release(model: torch.nn.Module) -> None:
-    """`model` is no longer patched."""
-    finalizer = _users.get(id(model))
-    if finalizer is not None:
-        finalizer()
+    key = id(owner)
+    _users[key] = weakref.finalize(owner, _drop, key)
 
 
 def inductor_options() -> dict[str, Any]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 import types
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import StaticCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
 
+from .._compat import is_compiling
 from ..config import KVarNConfig
 from ..errors import InputError, UnsupportedModelError
 from ..hadamard import check_head_dim
@@ -22,8 +25,13 @@ from .layer import KVarNLayer
 
 __all__ = ["LayerReport", "PatchRecord", "attach", "detach", "inspect_model"]
 
+_logger = logging.getLogger("kvarn_ops")
+
 # Dense by design: their memory does not grow with the context.
 _DENSE_BY_DESIGN = ("Sliding", "LinearAttention", "Chunked")
+# Checkpoints of gemma 2 and 3 name these in generation_config.json; transformers ignores them since
+# it infers the layers, so they say nothing about what the user asks for.
+_INFERRED_CACHES = ("hybrid", "hybrid_chunked", "sliding_window")
 # Tokens that an assistant may draft per round before `crop`.
 ASSISTED_TAIL_TOKENS = 128
 
@@ -39,6 +47,13 @@ class LayerReport:
     bytes_per_token: float | None = None
 
 
+class Lifetime:
+    """Lives while a patched model or a copy of it does: `copy.deepcopy` shares it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lifetime:
+        return self
+
+
 @dataclass
 class PatchRecord:
     """Everything needed to describe and to undo a patch. Lives on the model as `_kvarn_patch`."""
@@ -46,6 +61,7 @@ class PatchRecord:
     config: KVarNConfig
     backend: str
     layers: list[LayerReport]
+    lifetime: Lifetime = field(default_factory=Lifetime)
     handles: list[Any] = field(default_factory=list)
     implementations: list[tuple[Any, str]] = field(default_factory=list)
 
@@ -63,6 +79,11 @@ def inspect_model(model: PreTrainedModel, config: KVarNConfig) -> list[LayerRepo
     _refuse_whole_models(model, text_config, name)
     kinds = [type(layer) for layer in StaticCache(config=model.config, max_cache_len=256).layers]
     modules = _attention_modules(model)
+    if any(index >= len(kinds) for index in modules):
+        raise UnsupportedModelError(
+            f"{name} has attention layers that transformers' cache has no place for: it makes "
+            f"{len(kinds)}. Use strict=False to leave the model dense."
+        )
     reports = []
     for index, kind in enumerate(kinds):
         if kind is not StaticLayer:
@@ -98,11 +119,10 @@ def inspect_model(model: PreTrainedModel, config: KVarNConfig) -> list[LayerRepo
 def attach(model: PreTrainedModel, record: PatchRecord) -> None:
     """Hook the attention modules named in the record and redirect attention and generate."""
     packed = {report.index for report in record.layers if report.packed}
-    for index, found in _attention_modules(model).items():
+    for found in _attention_modules(model).values() if packed else ():
         for _, module in found:
-            if index in packed:
-                handle = module.register_forward_pre_hook(_pass_layer, with_kwargs=True)
-                record.handles.append(handle)
+            handle = module.register_forward_pre_hook(_pass_layer, with_kwargs=True)
+            record.handles.append(handle)
     for config in _attention_configs(model):
         base = config._attn_implementation or "sdpa"
         record.implementations.append((config, base))
@@ -129,19 +149,32 @@ def _pass_layer(
     """Forward pre-hook: hand the cache layer to the attention function through `**kwargs`."""
     cache = kwargs.get("past_key_values")
     if cache is None:
-        cache = next((value for value in args if isinstance(value, KVarNCache)), None)
+        cache = next((value for value in args if isinstance(value, Cache)), None)
     if not isinstance(cache, KVarNCache):
+        if cache is not None and not is_compiling():
+            _mention_other_cache(type(cache).__name__)
         return None
-    layer = cache.layers[module.layer_idx]
-    if not isinstance(layer, KVarNLayer):
-        return None
-    if kwargs.get("output_attentions"):
+    config = getattr(module, "config", None)
+    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
         raise InputError(
             "output_attentions=True needs the full attention matrix, which a KVarN cache never "
             "forms: leave it off, or pass another cache."
         )
+    layer = cache.layers[module.layer_idx]
+    if not isinstance(layer, KVarNLayer):
+        return None
     layer.armed = True
     return args, kwargs | {LAYER_KWARG: layer}
+
+
+@lru_cache(maxsize=8)
+def _mention_other_cache(name: str) -> None:
+    _logger.warning(
+        "a patched model runs with a %s, which keeps keys and values dense: pass "
+        "past_key_values=kvarn_ops.KVarNCache(model.config, max_cache_len) to pack them. "
+        "(This is said once.)",
+        name,
+    )
 
 
 def _prepare_cache(
@@ -157,7 +190,7 @@ def _prepare_cache(
     asked_for_other = (
         model_kwargs.get("past_key_values") is not None
         or generation_config.use_cache is False
-        or generation_config.cache_implementation is not None
+        or generation_config.cache_implementation not in (None, *_INFERRED_CACHES)
     )
     if asked_for_other:
         original = type(self)._prepare_cache_for_generation
@@ -168,14 +201,20 @@ def _prepare_cache(
     assisted = "assisted" in str(generation_mode).lower() or bool(
         getattr(generation_config, "is_assistant", False)
     )
+    longest = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
     if assisted:
         tail = max(config.tail_tokens, ASSISTED_TAIL_TOKENS)
         config = KVarNConfig.coerce(config, tail_tokens=tail)
-    longest = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+        longest += tail  # a draft may reach beyond the end before it is cropped
     cache = KVarNCache(self.config, longest, config, backend=record.backend, device=self.device)
     if assisted:
-        for layer in cache.layers:
-            layer.is_compileable = False
+        # Static sliding layers cannot be cropped.
+        stock = DynamicCache(config=self.config.get_text_config(decoder=True)).layers
+        for index, layer in enumerate(cache.layers):
+            if isinstance(layer, KVarNLayer):
+                layer.is_compileable = False
+            else:
+                cache.layers[index] = stock[index]
         cache.activate_past_recording()
     model_kwargs["past_key_values"] = cache
     return None

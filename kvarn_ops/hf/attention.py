@@ -2,7 +2,7 @@
 
 A name `kvarn_<base>` in the config selects both. With a KVarN layer they use packed storage;
 otherwise they do exactly what `<base>` does, so that a patched model without a KVarN cache is
-unchanged. The mask function cannot see the cache: KVarN layers ask for a mask of negative length,
+unchanged. The mask function cannot see the cache: KVarN layers ask for a mask of negative offset,
 and get the validity of the new tokens `[B, 1, 1, S]`, or None if all are valid.
 """
 
@@ -19,12 +19,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .._compat import is_compiling
 from ..errors import InputError, UnsupportedModelError
-from .cache import ATTENTION_PREFIX
 from .layer import KVarNLayer
 
 __all__ = ["LAYER_KWARG", "register"]
 
 LAYER_KWARG = "kvarn_layer"
+ATTENTION_PREFIX = "kvarn_"  # of the attention implementation's name in a patched model's config
 
 
 def register(base: str) -> str:
@@ -87,7 +87,7 @@ def _packed_attention(
             "supported: patch with strict=False to leave the model dense."
         )
     assert layer.tiles is not None
-    return torch.ops.kvarn.step_(
+    out = torch.ops.kvarn.step_(
         query,
         key,
         value,
@@ -100,7 +100,9 @@ def _packed_attention(
         True,
         layer.config_line,
         layer.backend,
-    ).transpose(1, 2)
+    )
+    layer.cumulative_length.add_(key.shape[2])  # last: an error above leaves the layer as it was
+    return out.transpose(1, 2)
 
 
 def _new_token_validity(mask: Tensor | None, new_tokens: int) -> Tensor | None:
@@ -116,8 +118,7 @@ def _new_token_validity(mask: Tensor | None, new_tokens: int) -> Tensor | None:
 
 def _mask_function(base: str) -> Callable[..., Tensor | None]:
     def mask(*args: Any, **kwargs: Any) -> Any:
-        kv_length = kwargs["kv_length"]
-        if kv_length >= 0:
+        if kwargs["kv_offset"] >= 0:
             return ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
         if kwargs.get("local_size") is not None or (
             kwargs.get("mask_function", causal_mask_function) is not causal_mask_function

@@ -9,14 +9,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
 from .. import dispatch
+from .._compat import is_compiling
 from ..config import DEFAULT_PRESET, KVarNConfig
-from ..errors import CacheError, InputError
+from ..errors import InputError
 from ..layout import CODE_FIELDS, SCALE_FIELDS, SINK_FIELDS, TAIL_FIELDS
-from .layer import NOT_PATCHED, KVarNLayer
+from .layer import KVarNLayer
 
-__all__ = ["ATTENTION_PREFIX", "KVarNCache"]
-
-ATTENTION_PREFIX = "kvarn_"  # of the attention implementation's name in a patched model's config
+__all__ = ["KVarNCache"]
 
 
 class KVarNCache(Cache):
@@ -62,8 +61,6 @@ class KVarNCache(Cache):
             )
         self.kvarn_config = KVarNConfig.coerce(config, **config_overrides)
         resolved = dispatch.resolve(backend, device)
-        text_config = model_config.get_text_config(decoder=True)
-        self._model_config = text_config
         rotations: dict[tuple[int, torch.device], Tensor] = {}
         stock = StaticCache(config=model_config, max_cache_len=max_cache_len)
         layers = [
@@ -74,12 +71,16 @@ class KVarNCache(Cache):
         ]
         super().__init__(layers=layers)
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Sizes of the mask that transformers builds for a layer."""
-        implementation = self._model_config._attn_implementation
-        if not str(implementation).startswith(ATTENTION_PREFIX):
-            raise CacheError(NOT_PATCHED)
-        return super().get_mask_sizes(query_length, layer_idx)
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As in transformers, but tokens that do not fit are refused before any layer changes."""
+        if not (is_compiling() or isinstance(self.layers[layer_idx], KVarNLayer)):
+            later = self.layers[layer_idx:]
+            packed = next((layer for layer in later if isinstance(layer, KVarNLayer)), None)
+            if packed is not None:
+                packed.check_room(key_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def memory(self) -> dict[str, int]:
         """Bytes held now, by kind.

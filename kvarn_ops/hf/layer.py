@@ -13,6 +13,7 @@ from ..config import KVarNConfig
 from ..errors import CacheCropError, CacheError, UnsupportedModelError
 from ..hadamard import check_head_dim, hadamard
 from ..layout import TileCache, allocate
+from ..ops.validate import check_new_tokens
 
 __all__ = ["KVarNLayer"]
 
@@ -76,17 +77,17 @@ class KVarNLayer(CacheLayerMixin):
                 "different widths are not supported."
             )
         check_head_dim(head_dim, self.config.rotate_keys or self.config.rotate_values)
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.batch_size = batch
+        dtype, device = key_states.dtype, key_states.device
+        tiles = allocate(self.config, batch, heads, head_dim, self.max_cache_len, dtype, device)
+        if not is_compiling():
+            check_new_tokens(key_states, value_states, None, tiles, self.config)
+        self.tiles, self.dtype, self.device, self.batch_size = tiles, dtype, device, batch
         rotated = self.config.rotate_keys or self.config.rotate_values
         width = head_dim if rotated else 0
         if (width, self.device) not in self._rotations:
             matrix = hadamard(width, device=self.device) if rotated else torch.zeros(0, 0)
             self._rotations[width, self.device] = matrix
         self.rotation = self._rotations[width, self.device]
-        self.tiles = allocate(
-            self.config, batch, heads, head_dim, self.max_cache_len, self.dtype, self.device
-        )
         self.cumulative_length = self.cumulative_length.to(self.device)
         self._high_water = torch.zeros_like(self.tiles.seq_lens)
         if not is_compiling():
@@ -97,26 +98,29 @@ class KVarNLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Count the new tokens and hand them on; see the class docstring."""
+        """Check the new tokens and hand them on; see the class docstring."""
         if not self.armed:
             raise CacheError(NOT_PATCHED)
         self.armed = False
+        if not is_compiling():
+            self.check_room(key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if not is_compiling():
-            self._check_room(key_states)
-        self.cumulative_length.add_(key_states.shape[2])
+        elif not is_compiling():
+            assert self.tiles is not None
+            check_new_tokens(key_states, value_states, None, self.tiles, self.config)
         return key_states, value_states
 
-    def _check_room(self, new: Tensor) -> None:
+    def check_room(self, new: Tensor) -> None:
+        """Raise `CacheError` if the new keys have another batch size or do not fit."""
         batch, count = new.shape[0], new.shape[2]
-        if batch != self.batch_size:
+        if self.is_initialized and batch != self.batch_size:
             raise CacheError(
                 f"the cache was allocated for batch size {self.batch_size} at its first use and "
                 f"now gets {batch}: make a new cache for another batch size."
             )
         # On a GPU reading the length would stall every layer of every step.
-        if count == 1 and self.device.type != "cpu":
+        if count == 1 and new.device.type != "cpu":
             return
         needed = int(self.cumulative_length) + count
         if needed > self.max_cache_len:
@@ -126,8 +130,11 @@ class KVarNLayer(CacheLayerMixin):
             )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """A negative length marks masks for KVarN layers (`kvarn_ops.hf.attention`)."""
-        return -1, 0
+        """A negative offset marks masks for KVarN layers (`kvarn_ops.hf.attention`).
+
+        Mask functions of a model that is not patched can live with it, until `update` refuses.
+        """
+        return query_length, -1
 
     def get_seq_length(self) -> Any:
         """Slots used so far, padding included: a tensor once initialized, as in StaticLayer."""

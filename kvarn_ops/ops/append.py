@@ -7,12 +7,14 @@ stored as the row alone would be.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..config import KVarNConfig
 from ..layout import TileCache
-from ..reference.encode import EncodedTiles, encode_keys, encode_values
+from ..reference.encode import encode_keys, encode_values
 from .library import CACHE_ARGS, CACHE_MUTATED_ARGS, CACHE_RETURNS, define
 from .validate import check_capacity, check_new_tokens
 
@@ -21,7 +23,7 @@ __all__ = ["append", "append_"]
 _TILES_PER_ENCODE = 64  # bounds the encoder's fp32 temporaries in a long prefill
 
 
-def _append_kernel(k: Tensor, v: Tensor, valid: Tensor | None, *rest) -> None:
+def _append_kernel(k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any) -> None:
     *tensors, rotation, config_line = rest
     store(TileCache(*tensors), k, v, valid, rotation, KVarNConfig.from_string(config_line))
 
@@ -105,22 +107,34 @@ def _write_tiles(
 ) -> None:
     encoded_k = encode_keys(keys, config, rotation)
     encoded_v = encode_values(values, config, rotation)
-    for target, source in zip(cache[:6], (*encoded_k, *encoded_v), strict=True):
-        target.narrow(2, start, source.shape[2]).copy_(source)
+    live = cache.tiles(start, keys.shape[2])
+    for target, source in (
+        (live.k_codes, encoded_k.codes),
+        (live.k_channel_affine, encoded_k.affine),
+        (live.k_token_scale, encoded_k.other_scale),
+        (live.v_codes, encoded_v.codes),
+        (live.v_token_affine, encoded_v.affine),
+        (live.v_channel_scale, encoded_v.other_scale),
+    ):
+        target.copy_(source)
 
 
-def _append_functional(k: Tensor, v: Tensor, valid: Tensor | None, *rest) -> tuple[Tensor, ...]:
+def _append_functional(
+    k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
     *tensors, rotation, config_line = rest
     fresh = tuple(tensor.clone() for tensor in tensors)
     _append_kernel(k, v, valid, *fresh, rotation, config_line)
     return fresh
 
 
-def _append_fake(k: Tensor, v: Tensor, valid: Tensor | None, *rest) -> None:
+def _append_fake(k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any) -> None:
     return None
 
 
-def _append_functional_fake(k, v, valid, *rest) -> tuple[Tensor, ...]:
+def _append_functional_fake(
+    k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(tensor) for tensor in rest[: len(TileCache._fields)])
 
 
@@ -137,9 +151,3 @@ append = define(
     _append_functional,
     _append_functional_fake,
 )
-
-assert EncodedTiles._fields == (
-    "codes",
-    "affine",
-    "other_scale",
-)  # the order _write_tiles relies on

@@ -68,13 +68,17 @@ def _fake_encoded(tiles: Tensor, row_dim: int, packed_dim: int, bits: int) -> En
     )
 
 
-def _dequantize_keys_fake(codes, affine, other_scale, rotation, config):
+def _dequantize_keys_fake(
+    codes: Tensor, affine: Tensor, other_scale: Tensor, rotation: Tensor, config: str
+) -> Tensor:
     return affine.new_empty(
         (*codes.shape[:-2], codes.shape[-2], affine.shape[-1]), dtype=torch.float32
     )
 
 
-def _dequantize_values_fake(codes, affine, other_scale, rotation, config):
+def _dequantize_values_fake(
+    codes: Tensor, affine: Tensor, other_scale: Tensor, rotation: Tensor, config: str
+) -> Tensor:
     return affine.new_empty(
         (*codes.shape[:-2], affine.shape[-1], codes.shape[-2]), dtype=torch.float32
     )

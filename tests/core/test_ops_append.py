@@ -125,7 +125,10 @@ def bad_inputs():
     yield "valid of another shape", ok, ok, torch.ones(2, 4, dtype=torch.bool), "give bool"
 
 
-@pytest.mark.parametrize(("name", "k", "v", "valid", "message"), list(bad_inputs()), ids=lambda x: None)
+@pytest.mark.parametrize(
+    ("name", "k", "v", "valid", "message"),
+    [pytest.param(*case, id=case[0]) for case in bad_inputs()],
+)
 def test_bad_input_raises_and_changes_nothing(name, k, v, valid, message) -> None:
     config = config_of()
     cache = fresh(config, 2)

@@ -1,0 +1,305 @@
+"""What `patch` and a patched model refuse: a clear error, and nothing changes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import kvarn_ops
+from kvarn_ops.errors import BackendError, ConfigError, InputError, UnsupportedModelError
+from tiny_models import assert_same_state, cache_state, random_ids, run, small_cache, tiny_model
+
+_SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+_FULL = ["full_attention", "full_attention"]
+
+
+def t5() -> Any:
+    config = transformers.T5Config(
+        vocab_size=96, d_model=64, d_kv=32, d_ff=64, num_layers=2, num_heads=2
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def deepseek() -> Any:
+    config = transformers.DeepseekV3Config(
+        **_SIZES,
+        intermediate_size=64,
+        num_key_value_heads=2,
+        kv_lora_rank=32,
+        q_lora_rank=32,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+    )
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+def gemma3n() -> Any:
+    config = transformers.Gemma3nTextConfig(
+        **_SIZES,
+        intermediate_size=64,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_kv_shared_layers=1,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=96,
+        laurel_rank=4,
+        activation_sparsity_pattern=None,
+        layer_types=_FULL,
+    )
+    return transformers.Gemma3nForCausalLM(config)
+
+
+def mpt() -> Any:
+    return transformers.MptForCausalLM(
+        transformers.MptConfig(vocab_size=96, d_model=64, n_heads=2, n_layers=2)
+    )
+
+
+def bloom() -> Any:
+    return transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=2)
+    )
+
+
+def bert() -> Any:
+    return transformers.BertModel(transformers.BertConfig(**_SIZES, intermediate_size=64))
+
+
+UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
+    "encoder_decoder": (t5, "encoder-decoder"),
+    "encoder": (bert, "causal attention"),
+    "mla": (deepseek, "latent"),
+    "kv_sharing": (gemma3n, "shares keys and values"),
+    "own_attention_mpt": (mpt, "attention interface"),
+    "own_attention_bloom": (bloom, "attention interface"),
+    "bidirectional": (
+        lambda: tiny_model("gemma3_text", use_bidirectional_attention=True),
+        "both directions",
+    ),
+    "not_causal": (lambda: tiny_model(is_causal=False), "non-causal"),
+    "head_dim_40": (lambda: tiny_model(head_dim=40), "head_dim=40"),
+    "head_dim_16": (lambda: tiny_model(head_dim=16), "head_dim=16"),
+    "head_dim_without_construction": (lambda: tiny_model(head_dim=176), "rotate_keys=False"),
+}
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that a patch could touch: attributes, hooks, config, of every module."""
+    return {
+        path: (
+            set(vars(module)),
+            len(module._forward_pre_hooks),
+            len(module._forward_hooks),
+            getattr(getattr(module, "config", None), "_attn_implementation", None),
+        )
+        for path, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+def test_a_model_that_cannot_be_packed_is_refused(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, reason = UNSUPPORTED[kind]
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=reason) as error:
+        kvarn_ops.patch(model)
+    assert str(error.value).startswith(type(model).__name__), "the message names no model"
+    assert snapshot(model) == before, "a refused model was changed"
+    with caplog.at_level(logging.WARNING, logger="kvarn_ops"):
+        assert kvarn_ops.patch(model, strict=False) is model
+    assert any(
+        "left dense" in record.getMessage() and reason in record.getMessage()
+        for record in caplog.records
+    )
+    assert snapshot(model) == before
+    assert kvarn_ops.explain(model).config is None
+
+
+def test_the_way_out_that_a_message_names_works() -> None:
+    model = kvarn_ops.patch(
+        tiny_model(head_dim=176), "k8v8_g32", rotate_keys=False, rotate_values=False
+    )
+    out = model.generate(random_ids(1, 200), max_new_tokens=3, return_dict_in_generate=True)
+    assert out.past_key_values.memory()["codes"] > 0
+
+
+@pytest.mark.parametrize("thing", [nn.Linear(2, 2), None, "gpt2"], ids=repr)
+def test_what_is_no_transformers_model_is_refused(thing: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="not a Hugging Face model"):
+        kvarn_ops.patch(thing)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "match"),
+    [
+        ("k5v2", {}, "grammar"),
+        ("k4v2_g16", {}, "grammar"),
+        ("K4V2", {}, "grammar"),
+        ("", {}, "grammar"),
+        (4, {}, "grammar"),
+        ("k4v2", {"bits": 4}, "no such field"),
+        ("k4v2", {"tail_tokens": -1}, "tail_tokens"),
+        ("k4v2", {"key_bits": 5}, "key_bits"),
+        (kvarn_ops.KVarNConfig(), {"nonsense": 1}, "no such field"),
+    ],
+)
+def test_a_config_that_is_none_is_refused(config: Any, fields: dict[str, Any], match: str) -> None:
+    model = tiny_model()
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=match):
+        kvarn_ops.patch(model, config, **fields)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("backend", "match"), [("triton", "CUDA"), ("cuda", "choose one of"), ("", "choose one of")]
+)
+def test_a_backend_that_cannot_run_is_refused(backend: str, match: str) -> None:
+    model = tiny_model()
+    before = snapshot(model)
+    with pytest.raises(BackendError, match=match):
+        kvarn_ops.patch(model, backend=backend)
+    assert snapshot(model) == before
+    with pytest.raises(BackendError, match=match):
+        kvarn_ops.KVarNCache(model.config, 64, backend=backend)
+
+
+def test_a_second_patch_must_ask_for_the_same() -> None:
+    model = kvarn_ops.patch(tiny_model(), "k8v8_g32")
+    before = snapshot(model)
+    assert kvarn_ops.patch(model, "k8v8_g32") is model
+    assert snapshot(model) == before, "hooked twice"
+    for config, fields in (("k8v8_g64", {}), ("k8v8_g32", {"tail_tokens": 5})):
+        with pytest.raises(ConfigError, match=r"already patched with k8v8_g32.*unpatch"):
+            kvarn_ops.patch(model, config, **fields)
+    with pytest.raises(ConfigError, match="already patched"):
+        kvarn_ops.patch(model, "k8v8_g32", backend="reference")
+    assert snapshot(model) == before
+    assert kvarn_ops.explain(model).config == kvarn_ops.KVarNConfig.from_preset("k8v8_g32")
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
+def test_a_compiled_model_is_patched_with_a_warning(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model()
+    if how == "torch.compile":
+        compiled: Any = torch.compile(model, backend="eager")
+    else:
+        model.compile(backend="eager")
+        compiled = model
+    with caplog.at_level(logging.WARNING, logger="kvarn_ops"):
+        assert kvarn_ops.patch(compiled, "k8v8_g32") is compiled
+    assert "compiled before it was patched" in caplog.text
+    assert kvarn_ops.explain(model).config == kvarn_ops.explain(compiled).config is not None
+    assert kvarn_ops.unpatch(compiled) is compiled
+    assert kvarn_ops.explain(model).config is None
+
+
+def test_patching_says_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="kvarn_ops"):
+        kvarn_ops.patch(tiny_model("gemma3_text"), "k4v2_g32")
+    (line,) = [r.getMessage() for r in caplog.records if "packed" in r.getMessage()]
+    for part in ("Gemma3ForCausalLM", "2 attention layers packed", "k4v2_g32", "aten", "2 stay"):
+        assert part in line
+
+
+# Misuse of a patched model
+
+
+def patched(**fields: Any) -> Any:
+    return kvarn_ops.patch(tiny_model(**fields), "k8v8_g32", num_sink_tokens=8)
+
+
+@pytest.mark.parametrize("mask_rank", ["bool", "float"])
+def test_4d_masks_are_refused(mask_rank: str) -> None:
+    model = patched()
+    cache = small_cache(model)
+    run(model, random_ids(1, 50), cache)
+    state = cache_state(cache)
+    mask = torch.ones(1, 1, 4, 54, dtype=torch.bool).tril(50)
+    with pytest.raises(InputError, match="2-D padding mask"):
+        run(
+            model,
+            random_ids(1, 4),
+            cache,
+            attention_mask=mask if mask_rank == "bool" else mask.float(),
+        )
+    assert_same_state(cache_state(cache), state)
+    assert run(model, random_ids(1, 4), None, attention_mask=mask[..., :4]).isfinite().all()
+
+
+def test_attention_matrices_are_refused() -> None:
+    model = patched(attn_implementation="eager")
+    cache, ids = small_cache(model), random_ids(1, 20)
+    run(model, ids, cache)
+    state = cache_state(cache)
+    with pytest.raises(InputError, match="output_attentions"):
+        run(model, ids, cache, output_attentions=True)
+    assert_same_state(cache_state(cache), state)
+    with pytest.raises(InputError, match="output_attentions"):
+        model.generate(ids, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+    with torch.no_grad():
+        attentions = model(ids, use_cache=False, output_attentions=True).attentions
+    assert [attention.shape for attention in attentions] == [(1, 4, 20, 20)] * 2
+
+    asked_in_config = tiny_model(attn_implementation="eager")
+    asked_in_config.config.output_attentions = True
+    kvarn_ops.patch(asked_in_config, "k8v8_g32", num_sink_tokens=8)
+    with pytest.raises(InputError, match="output_attentions"):
+        run(asked_in_config, ids, cache)
+    assert_same_state(cache_state(cache), state)
+
+
+def test_attention_dropout_is_refused() -> None:
+    model = patched(attention_dropout=0.1)
+    cache, ids = small_cache(model), random_ids(1, 20)
+    model.train()
+    run(model, ids, None)
+    with pytest.raises(InputError, match="dropout"):
+        run(model, ids, cache)
+    assert int(cache.get_seq_length()) == 0
+    model.eval()
+    run(model, ids, cache)
+    model.train()
+    state = cache_state(cache)
+    with pytest.raises(InputError, match="dropout"):
+        run(model, ids, cache)
+    assert_same_state(cache_state(cache), state)
+
+
+def test_backward_through_the_cache_is_refused() -> None:
+    model = patched()
+    ids = random_ids(1, 50)
+    wanted = run(model, ids, small_cache(model))
+    out = model(ids, past_key_values=small_cache(model)).logits  # gradients are on
+    assert torch.equal(out, wanted)
+    with pytest.raises(InputError, match="no_grad"):
+        out.sum().backward()
+    model.zero_grad()
+    model(ids, use_cache=False).logits.sum().backward()
+    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_a_copy_of_a_refused_model_is_as_good_as_new() -> None:
+    model = copy.deepcopy(tiny_model(head_dim=40))
+    with pytest.raises(UnsupportedModelError):
+        kvarn_ops.patch(model)
+    ids = random_ids(1, 20)
+    assert torch.equal(model.generate(ids), tiny_model(head_dim=40).generate(ids))
