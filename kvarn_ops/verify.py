@@ -1,4 +1,4 @@
-"""`kvarn-ops verify`: does the backend that runs here compute what the reference computes?
+"""`kvarn-ops verify`: whether the backend that runs here computes what the reference computes.
 
 Every check fills a cache with the reference encoder, copies it to the device, runs one fused step
 (several when compiled) by the backend and by the reference on the CPU, and compares outputs and
@@ -160,8 +160,8 @@ def _check(
         output, codes, problem = _compare(config, head_dim, case, compiled, backend, device)
     except Exception as error:  # whatever a backend raises is a finding, and the others go on
         output = codes = float("nan")
-        lines = str(error).strip().splitlines() or [""]
-        problem = f"{type(error).__name__}: {lines[0]}"
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        problem = f"{type(error).__name__}: {' '.join(lines[:3])}"
     return Check(
         config.preset, config.encoder, head_dim, case.name, output, codes, not problem, problem
     )

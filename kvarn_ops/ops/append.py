@@ -20,7 +20,7 @@ from .validate import check_capacity, check_new_tokens
 
 __all__ = ["append", "append_"]
 
-_TILES_PER_ENCODE = 64  # bounds the encoder's fp32 temporaries in a long prefill
+_TILES_PER_ENCODE = 4  # keeps the encoder's fp32 temporaries in cache, and small in a long prefill
 
 
 def _append_kernel(k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any) -> None:

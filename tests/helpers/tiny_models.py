@@ -121,7 +121,9 @@ def teacher_forced(
     logits = [run(model, ids[:, :prefill], cache)]
     call = model if step is None else step
     for position in range(prefill, ids.shape[1]):
-        out = call(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+        # As generate does: without it the token has the strides of `ids`, which compilers guard on.
+        token = ids[:, position : position + 1].clone(memory_format=torch.contiguous_format)
+        out = call(token, past_key_values=cache, use_cache=True)
         logits.append(out.logits.clone())
     return torch.cat(logits, dim=1)
 
