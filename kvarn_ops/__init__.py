@@ -63,10 +63,12 @@ def _lazy_getattr(package: str) -> Callable[[str], Any]:
     table = _LAZY[package]
 
     def __getattr__(name: str) -> Any:
-        if package.endswith(".kernels") and not name.startswith("_"):
-            _require_triton()
+        # First, and as AttributeError: pickle (hence Inductor's cache) asks every loaded module for
+        # names that are not ours.
         if name not in table:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if package.endswith(".kernels"):
+            _require_triton()
         try:
             value = getattr(importlib.import_module(f"{package}.{table[name]}"), name)
         except ModuleNotFoundError as error:

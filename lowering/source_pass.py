@@ -3,7 +3,11 @@
 Inductor caches compiled graphs on disk, keyed by the graph and its settings. The bodies of our
 traced ops are not in that key, so that an edited formula would run as its old compiled version.
 A custom pass is in the key through its `uuid`, which here is a hash of every source file of the
-package. The pass changes no graph.
+package.
+
+In graphs with our ops the pass also moves every append behind all reads of the cache. Inductor
+reorders a graph for locality, which puts parts of the attention behind the append of its layer,
+and then copies the buffers that they read, whole, in every step.
 
 It is installed while any patched model is alive, appended to what is there, and removed with the
 last one: `acquire` takes an object that lives as long as the patch. `inductor_options()` gives the
@@ -22,6 +26,7 @@ from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import kvarn_ops
@@ -34,13 +39,14 @@ _seen: Counter[str] = Counter()
 
 
 class SourcePass(CustomGraphPass):
-    """Counts `kvarn` ops; changes nothing.
+    """Counts `kvarn` ops and moves appends; its `uuid` makes a changed source a cache miss.
 
-    Before and after: the same graph. Its `uuid` makes a changed source a cache miss.
+    Before: `append; reads of the cache; copy_(cache, result)`, in the order Inductor has chosen.
+    After: `reads of the cache; append; copy_(cache, result)`. Without our ops: the same graph.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        """Count the ops of one graph."""
+        """Run on one graph."""
         counts: Counter[str] = Counter()
         for node in graph.nodes:
             if node.op != "call_function":
@@ -50,12 +56,25 @@ class SourcePass(CustomGraphPass):
                 if getattr(target, "namespace", None) == "kvarn":
                     counts[str(target)] += 1
         if counts:
+            for node in graph.find_nodes(op="call_function", target=auto_functionalized_v2):
+                if node.args[0] is torch.ops.kvarn.append_.default:
+                    _move_to_first_use(graph, node)
             _seen.update(counts)
             _logger.debug("compiled a graph with %s", dict(counts))
 
     def uuid(self) -> str:
         """Hash of the package's sources."""
         return _source_hash()
+
+
+def _move_to_first_use(graph: torch.fx.Graph, append: torch.fx.Node) -> None:
+    """Move an append and its results to where a result is used first."""
+    results = list(append.users)
+    users = {user for result in results for user in result.users}
+    first = next((node for node in graph.nodes if node in users), None)
+    if first is not None:
+        for node in (append, *results):
+            first.prepend(node)
 
 
 @lru_cache(maxsize=1)
@@ -77,9 +96,7 @@ _users: dict[int, Any] = {}  # id of an owner -> its finalizer
 
 def acquire(owner: object) -> None:
     """Install the pass for as long as `owner` lives."""
-    if not _users:
-        present = getattr(inductor_config, _SLOT)
-        setattr(inductor_config, _SLOT, _joined(present))
+    setattr(inductor_config, _SLOT, _joined(getattr(inductor_config, _SLOT)))
     key = id(owner)
     _users[key] = weakref.finalize(owner, _drop, key)
 

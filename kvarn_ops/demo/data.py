@@ -47,6 +47,10 @@ class Codec(Protocol):
         """Adapt a window `[n]` cut out of the middle of a text to what the model expects."""
         ...
 
+    def end(self, prompt: Tensor, shortest: int) -> Tensor:
+        """Cut a prompt `[n]` where a continuation reads well, to `shortest` tokens or more."""
+        ...
+
 
 class ByteCodec:
     """Token ids are bytes; larger ids mean nothing as text."""
@@ -64,6 +68,12 @@ class ByteCodec:
     def start(self, window: Tensor) -> Tensor:
         """The window itself: the model was trained on windows from anywhere in a file."""
         return window
+
+    def end(self, prompt: Tensor, shortest: int) -> Tensor:
+        """The prompt up to the end of its last line."""
+        lines = (prompt == ord("\n")).nonzero()
+        length = int(lines[-1]) + 1 if len(lines) else 0
+        return prompt[:length] if length >= shortest else prompt
 
 
 class TokenizerCodec:
@@ -91,6 +101,10 @@ class TokenizerCodec:
         if self._bos is None:
             return window
         return torch.cat([torch.tensor([self._bos]), window[:-1]])
+
+    def end(self, prompt: Tensor, shortest: int) -> Tensor:
+        """The prompt itself: tokens end where words do, more or less."""
+        return prompt
 
 
 @dataclass(frozen=True)

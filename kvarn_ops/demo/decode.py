@@ -48,6 +48,7 @@ class Plan:
     prefix: int  # tokens of the prefill
     first_scored: int  # from here on every preset reads at least one quantized tile
     first_tiles: dict[str, int]  # by preset, the first position that reads a tile
+    tile_starts: tuple[int, ...]  # positions that first read a tile, if presets agree on them
 
     @classmethod
     def make(cls, configs: dict[str, KVarNConfig], context: int) -> Plan:
@@ -56,8 +57,11 @@ class Plan:
             name: config.num_sink_tokens + config.tail_tokens + config.group_size
             for name, config in configs.items()
         }
-        half_tile = min(config.group_size for config in configs.values()) // 2
-        return cls(context, min(first.values()) - half_tile, max(first.values()), first)
+        groups = {config.group_size for config in configs.values()}
+        agreed = len(groups) == 1 and len(set(first.values())) == 1
+        starts = range(max(first.values()), context, max(groups)) if agreed else ()
+        prefix = min(first.values()) - min(groups) // 2
+        return cls(context, prefix, max(first.values()), first, tuple(starts))
 
     @property
     def shortest_context(self) -> int:
@@ -134,10 +138,10 @@ def compiled(model: Any) -> Step:
         except KVarNError:
             raise
         except RuntimeError as error:  # Dynamo's and Inductor's errors are subclasses
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise BackendError(
-                f"torch.compile failed ({reason}). On a CPU it needs a C++ compiler, which "
-                "`kvarn-ops env` shows; --no-compile runs without one."
+                f"torch.compile failed: {' '.join(lines[:2]) or type(error).__name__} On a CPU it "
+                "needs a C++ compiler, which `kvarn-ops env` shows; --no-compile runs without one."
             ) from error
         finished = True
         return result

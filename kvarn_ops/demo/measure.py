@@ -149,8 +149,8 @@ def _decode_packed(
 def continue_prompt(setup: Setup, progress: Progress) -> tuple[list[int], dict[str, list[int]]]:
     """Greedy text after the same prompt, from the dense cache and from every preset."""
     subject, model = setup.subject, setup.subject.model
-    length = setup.plan.context - setup.tokens
-    prompt = subject.codec.start(setup.prompt.ids)[:length]
+    longest = subject.codec.start(setup.prompt.ids)[: setup.plan.context - setup.tokens]
+    prompt = subject.codec.end(longest, setup.plan.first_scored)
     total = setup.tokens * (1 + len(setup.configs))
     bar = progress.add_task("continue a prompt", total=total)
 
@@ -162,7 +162,7 @@ def continue_prompt(setup: Setup, progress: Progress) -> tuple[list[int], dict[s
         with kvarn_ops.patched(model, preset):
             texts[preset], cache = continuation(subject, prompt, setup.tokens, tick)
         # The last token is returned without having been fed back.
-        check_tiles_are_quantized(cache, length + len(texts[preset]) - 1)
+        check_tiles_are_quantized(cache, len(prompt) + len(texts[preset]) - 1)
     progress.update(bar, completed=total)  # some may have ended early
     return prompt.tolist(), texts
 

@@ -17,8 +17,11 @@ _MARKERS = "osD^vP"
 _BIN = 32  # positions per point; divides every tile
 
 
-def plot_quality(path: Path, rows: list[Row], subtitle: str) -> None:
-    """KL to dense against all bits of the cache per element."""
+def plot_quality(path: Path, rows: list[Row], floor: float, subtitle: str) -> None:
+    """KL to dense against all bits of the cache per element.
+
+    `floor` is the KL that rounding causes without quantization.
+    """
     figure, axes = _figure()
     for index, row in enumerate(rows[1:]):
         axes.errorbar(
@@ -39,8 +42,11 @@ def plot_quality(path: Path, rows: list[Row], subtitle: str) -> None:
             textcoords="offset points",
             color=_color(index),
         )
+    axes.axhline(
+        floor, color="0.45", linestyle=":", linewidth=1.2, label="rounding only: no tile quantized"
+    )
     axes.set_yscale("log")
-    axes.margins(x=0.2, y=0.35)
+    axes.margins(x=0.25, y=0.2)
     axes.set_xlabel(
         f"bits per cached element, scales, sinks and tail included (dense: {rows[0].total_bits:g})"
     )
@@ -51,16 +57,20 @@ def plot_quality(path: Path, rows: list[Row], subtitle: str) -> None:
 def plot_kl_by_position(path: Path, scores: dict[str, Scores], plan: Plan, subtitle: str) -> None:
     """KL to dense against the number of cached tokens, in bins that end where tiles do."""
     figure, axes = _figure()
+    if len(plan.tile_starts) > 1:
+        for start in plan.tile_starts[1:]:
+            axes.axvline(start, color="0.8", linestyle=":", linewidth=0.9)
     firsts = sorted(set(plan.first_tiles.values()))
     for index, first in enumerate(firsts):
         names = [name for name, value in plan.first_tiles.items() if value == first]
         which = "" if len(firsts) == 1 else f" ({', '.join(names)})"
+        others = "; dotted: further tiles" if plan.tile_starts else ""
         axes.axvline(
             first,
             color="0.45",
             linestyle=("--", ":", "-.")[index % 3],
             linewidth=1,
-            label=f"first tile quantized{which}",
+            label=f"first tile quantized{which}{others}",
         )
     presets = [name for name, score in scores.items() if score.kl is not None]
     for index, name in enumerate(presets):
@@ -82,7 +92,8 @@ def plot_kl_by_position(path: Path, scores: dict[str, Scores], plan: Plan, subti
     axes.set_yscale("log")
     axes.set_xlabel("tokens in the cache")
     axes.set_ylabel("KL(dense ‖ KVarN), nats")
-    _finish(figure, axes, path, f"Quality by position (means of {_BIN} positions)", subtitle)
+    title = f"Quality by position (means of {_BIN} positions)"
+    _finish(figure, axes, path, title, subtitle, grid="y")
 
 
 def _figure() -> tuple[Any, Any]:
@@ -95,13 +106,15 @@ def _figure() -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _finish(figure: Any, axes: Any, path: Path, title: str, subtitle: str) -> None:
-    axes.set_title(f"{title}\n", loc="left", fontweight="bold")
-    axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=9, color="0.35")
-    axes.grid(which="both", color="0.9", linewidth=0.6)
+def _finish(
+    figure: Any, axes: Any, path: Path, title: str, subtitle: str, grid: str = "both"
+) -> None:
+    axes.set_title(title, loc="left", fontweight="bold", pad=24)
+    axes.text(0, 1.025, subtitle, transform=axes.transAxes, fontsize=9, color="0.35")
+    axes.grid(axis=grid, which="both", color="0.92", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(facecolor="white", edgecolor="none", framealpha=0.9, fontsize=9)
     figure.savefig(path, dpi=150)
 
 

@@ -85,8 +85,8 @@ def results_table(rows: list[Row], unit: str) -> Table:
     table.add_column("cache", style="bold", no_wrap=True)
     for head in (
         "size\nMiB",
-        "bits per\nelement",
-        "compres-\nsion",
+        "tile\nbits",
+        "times\nsmaller",
         "tokens\nper s",
         "KL to dense\n10⁻³ nats",
         f"next-{unit}\naccuracy, %",

@@ -67,9 +67,11 @@ def run_demo(options: Options, console: Console) -> list[report.Row]:
     report.write_table(out / "table.csv", measured.rows, header)
     report.write_positions(out / "positions.csv", measured.scores, setup.plan.prefix)
     report.write_continuations(out / "continuations.txt", prompt, texts, codec, setup.prompt.source)
-    subtitle = f"{header['model']}\ncontext {header['context']}, {len(setup.windows)} windows"
-    plots.plot_quality(out / "quality_vs_bits.png", measured.rows, subtitle)
-    plots.plot_kl_by_position(out / "kl_vs_position.png", measured.scores, setup.plan, subtitle)
+    plan = setup.plan
+    subtitle = f"{header['model']}; {len(setup.windows)} windows of {plan.context} {codec.unit}s"
+    floor = measured.rounding_floor(plan)
+    plots.plot_quality(out / "quality_vs_bits.png", measured.rows, floor, subtitle)
+    plots.plot_kl_by_position(out / "kl_vs_position.png", measured.scores, plan, subtitle)
     console.print(
         f"Done in {time.perf_counter() - started:.0f} s. Written to {out}: table.csv, "
         "positions.csv, continuations.txt, quality_vs_bits.png, kl_vs_position.png",
@@ -165,8 +167,7 @@ def _notes(setup: Setup, measured: Measured) -> str:
     plan, unit = setup.plan, setup.subject.codec.unit
     speeds = ", ".join(f"{form} {speed:,.0f}" for form, speed in measured.dense_speeds.items())
     return (
-        "Bits per element: of a quantized tile, scales included; size and compression are of the "
-        "whole cache.\n"
+        "Size: the whole cache. Tile bits: per element of a quantized tile, scales included.\n"
         f"KL and accuracy: decode steps with {plan.first_scored} or more cached {unit}s, all of "
         "which read quantized tiles; ± is the standard error over windows. Before the first tile, "
         f"where only rounding differs, KL is {measured.rounding_floor(plan):.1e}.\n"

@@ -19,11 +19,11 @@ from tiny_models import random_ids, run, small_cache, teacher_forced, tiny_model
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-SMALL = {"group_size": 32, "num_sink_tokens": 32}
+PRESET = "k8v8_g32"  # compiles faster than fewer bits; the default has its own test
 PROMPTS = (20, 45, 70)
 
 
-def patched(preset: str = "k4v2_g32", **fields: Any) -> Any:
+def patched(preset: str = PRESET, **fields: Any) -> Any:
     return kvarn_ops.patch(tiny_model(), preset, **fields)
 
 
@@ -61,7 +61,7 @@ def test_one_graph_for_all_positions_and_prompts() -> None:
     for index, prompt in enumerate(PROMPTS):
         length = prompt + (140 if index == 0 else 40)
         ids = random_ids(2, length, seed=index)
-        caches = [small_cache(model, 256, "k4v2_g32", num_sink_tokens=32) for _ in range(2)]
+        caches = [small_cache(model, 256, PRESET, num_sink_tokens=32) for _ in range(2)]
         found = teacher_forced(model, ids, caches[0], prompt, step)
         wanted = teacher_forced(model, ids, caches[1], prompt)
         error = (found - wanted).abs().amax((0, 2))
@@ -111,7 +111,7 @@ def test_no_recompile_beyond_those_of_a_static_cache() -> None:
     )
     model = patched(num_sink_tokens=32)
     ours = graphs_of_a_loop(
-        model, lambda length: small_cache(model, length, "k4v2_g32", num_sink_tokens=32)
+        model, lambda length: small_cache(model, length, PRESET, num_sink_tokens=32)
     )
     assert ours[0] == 1, "recompiled within one sequence"
     assert all(one <= other for one, other in zip(ours, stock, strict=True)), (ours, stock)
@@ -190,7 +190,7 @@ def test_entry_points(entry: str) -> None:
 def test_a_compiled_step_refuses_to_overflow() -> None:
     model = patched(num_sink_tokens=32)
     step = torch.compile(model, fullgraph=True, backend="aot_eager")
-    cache = small_cache(model, 96, "k4v2_g32", num_sink_tokens=32)
+    cache = small_cache(model, 96, PRESET, num_sink_tokens=32)
     run(model, random_ids(1, 90), cache)
     room = cache.layers[0].tiles.k_codes.shape[2] * 32 + 32 + 31
 

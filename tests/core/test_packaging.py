@@ -228,7 +228,13 @@ def test_import_loads_nothing_optional():
     ("blocked", "statement", "error", "words"),
     [
         ("transformers", "from kvarn_ops import KVarNCache", "ImportError", "kvarn-ops[hf]"),
-        ("triton", "from kvarn_ops.kernels import decode", "BackendError", "needs Triton"),
+        (
+            "triton",
+            "import kvarn_ops; kvarn_ops._LAZY['kvarn_ops.kernels']['decode'] = 'decode'\n"
+            "    from kvarn_ops.kernels import decode",
+            "BackendError",
+            "needs Triton",
+        ),
     ],
 )
 def test_a_missing_package_is_one_sentence(blocked, statement, error, words):
@@ -237,6 +243,14 @@ def test_a_missing_package_is_one_sentence(blocked, statement, error, words):
     )
     answer = run_python(code, cwd=ROOT)
     assert answer.startswith(error) and words in answer  # noqa: PT018
+
+
+def test_root_folders_answer_for_unknown_names_like_any_module():
+    """Pickle asks all modules, in order of import, and stops at errors of other types."""
+    code = BLOCKER.format(blocked={"triton"}) + (
+        "import kvarn_ops\nprint(hasattr(kvarn_ops.kernels, 'anything'))"
+    )
+    assert run_python(code, cwd=ROOT) == "False"
 
 
 @pytest.mark.parametrize("version", ["installed", "accepted"])
