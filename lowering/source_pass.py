@@ -5,9 +5,7 @@ traced ops are not in that key, so that an edited formula would run as its old c
 A custom pass is in the key through its `uuid`, which here is a hash of every source file of the
 package.
 
-In graphs with our ops the pass also moves every append behind all reads of the cache. Inductor
-reorders a graph for locality, which puts parts of the attention behind the append of its layer,
-and then copies the buffers that they read, whole, in every step.
+In graphs with our ops it also runs our rewrites (`AppendLast`); other graphs it leaves at once.
 
 It is installed while any patched model is alive, appended to what is there, and removed with the
 last one: `acquire` takes an object that lives as long as the patch. `inductor_options()` gives the
@@ -26,23 +24,24 @@ from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
-from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import kvarn_ops
+
+from .append_last import AppendLast
 
 __all__ = ["SourcePass", "acquire", "inductor_options", "seen_ops"]
 
 _SLOT = "post_grad_custom_pre_pass"
 _logger = logging.getLogger("kvarn_ops")
 _seen: Counter[str] = Counter()
+_APPEND_LAST = AppendLast()
 
 
 class SourcePass(CustomGraphPass):
-    """Counts `kvarn` ops and moves appends; its `uuid` makes a changed source a cache miss.
+    """Counts `kvarn` ops and runs our rewrites; its `uuid` makes a changed source a cache miss.
 
-    Before: `append; reads of the cache; copy_(cache, result)`, in the order Inductor has chosen.
-    After: `reads of the cache; append; copy_(cache, result)`. Without our ops: the same graph.
+    Before and after: the same graph, unless it holds our ops.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
@@ -56,25 +55,13 @@ class SourcePass(CustomGraphPass):
                 if getattr(target, "namespace", None) == "kvarn":
                     counts[str(target)] += 1
         if counts:
-            for node in graph.find_nodes(op="call_function", target=auto_functionalized_v2):
-                if node.args[0] is torch.ops.kvarn.append_.default:
-                    _move_to_first_use(graph, node)
+            moved = _APPEND_LAST(graph)
             _seen.update(counts)
-            _logger.debug("compiled a graph with %s", dict(counts))
+            _logger.debug("compiled a graph with %s; %d appends moved", dict(counts), moved)
 
     def uuid(self) -> str:
         """Hash of the package's sources."""
         return _source_hash()
-
-
-def _move_to_first_use(graph: torch.fx.Graph, append: torch.fx.Node) -> None:
-    """Move an append and its results to where a result is used first."""
-    results = list(append.users)
-    users = {user for result in results for user in result.users}
-    first = next((node for node in graph.nodes if node in users), None)
-    if first is not None:
-        for node in (append, *results):
-            first.prepend(node)
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""What the README shows is true: its code runs, its numbers are computed, its links lead somewhere."""
+"""What the README shows is true: its code runs, its numbers are computed, its links resolve."""
 
 from __future__ import annotations
 

@@ -101,8 +101,17 @@ def test_positions_show_where_quantization_begins(finished):
 
 def test_output_is_complete(finished):
     output, out = finished
-    for words in ("dense", "k4v2_g32", "tokens", "next-byte", "KL to dense", "standard error",
-                  "prompt, the end of", "3 windows of text: words.txt", "not compiled"):  # fmt: skip
+    for words in (
+        "dense",
+        "k4v2_g32",
+        "tokens",
+        "next-byte",
+        "KL to dense",
+        "standard error",
+        "prompt, the end of",
+        "3 windows of text: words.txt",
+        "not compiled",
+    ):
         assert words in output
     assert {path.name for path in out.iterdir()} == {
         "table.csv", "positions.csv", "continuations.txt", "quality_vs_bits.png",
@@ -258,7 +267,7 @@ def test_a_failing_compiler_is_one_sentence(monkeypatch):
         raise RuntimeError("InvalidCxxCompiler: none\nmore\nlines")
 
     monkeypatch.setattr(torch, "compile", lambda model, fullgraph: fails)
-    with pytest.raises(KVarNError, match="torch.compile failed: InvalidCxxCompiler") as info:
+    with pytest.raises(KVarNError, match=r"torch\.compile failed: InvalidCxxCompiler") as info:
         decode.compiled(object())(x=1)
     assert "--no-compile" in str(info.value)
 

@@ -1,0 +1,38 @@
+"""Move appends behind all reads of the cache, so that Inductor mutates it in place."""
+
+from __future__ import annotations
+
+import torch
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
+
+__all__ = ["AppendLast"]
+
+
+class AppendLast:
+    """Put every `kvarn::append_` right before the first use of its results.
+
+    Inductor reorders a graph for locality, which puts parts of the attention behind the append of
+    its layer; it then copies the buffers that they read, whole, in every step.
+
+    Before: `append; reads of the cache; copy_(cache, result)`
+    After:  `reads of the cache; append; copy_(cache, result)`
+    """
+
+    def __call__(self, graph: torch.fx.Graph) -> int:
+        """Rewrite one functional graph; return the number of appends moved."""
+        moved = 0
+        for node in graph.find_nodes(op="call_function", target=auto_functionalized_v2):
+            if node.args[0] is torch.ops.kvarn.append_.default:
+                moved += _move_to_first_use(graph, node)
+        return moved
+
+
+def _move_to_first_use(graph: torch.fx.Graph, append: torch.fx.Node) -> int:
+    results = list(append.users)
+    users = {user for result in results for user in result.users}
+    first = next((node for node in graph.nodes if node in users), None)
+    if first is None:
+        return 0
+    for node in (append, *results):
+        first.prepend(node)
+    return 1
