@@ -184,6 +184,8 @@ def to_field_order(x: Tensor, bits: int) -> Iterator[Tensor]:
         yield from to_field_order(x, 2)
         yield from x.unflatten(-1, (8, -1)).unbind(-2)
         return
-    per_byte = 8 // bits
-    parts = x.unflatten(-1, (2, per_byte, -1))  # [..., byte of the word, field, word]
-    yield from parts.movedim(-3, -1).flatten(-2).unbind(-2)
+    low_byte, high_byte = x.unflatten(-1, (2, 8 // bits, -1)).unbind(-3)  # [..., field, word]
+    for low, high in zip(low_byte.unbind(-2), high_byte.unbind(-2), strict=True):
+        # Interleaved by stack: Inductor 2.13 miscompiles the equivalent permute and flatten when
+        # there is one field per byte (8 bits) and a data-dependent number of tiles.
+        yield torch.stack([low, high], dim=-1).flatten(-2)

@@ -31,7 +31,7 @@ def quiet():
     return Console(file=io.StringIO())
 
 
-@pytest.mark.parametrize("backend", ["auto", "aten", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_the_backends_of_this_machine_pass(few_checks, backend):
     result = invoke("--backend", backend, "--device", "cpu", "--no-compile")
     assert result.exit_code == 0, result.output
