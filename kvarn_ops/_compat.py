@@ -1,18 +1,19 @@
 """Every private import of torch, in one place, with the versions it was checked on.
 
-Checked on torch 2.13.0 (CPU).
+Checked on torch 2.11.0 and 2.13.0 (CPU).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 __all__ = [
+    "auto_functionalized_v2",
     "below_autograd",
     "hint_size",
     "is_compiling",
@@ -60,11 +61,3 @@ def below_autograd() -> Any:
 def mark_static(tensor: torch.Tensor) -> None:
     """Promise that a tensor keeps its address, so that compiled graphs may mutate it in place."""
     torch._dynamo.mark_static_address(tensor)
-
-
-def accepts_keyword(function: Callable[..., Any], name: str) -> bool:
-    """Whether `function` takes a keyword called `name`, by name or by `**kwargs`."""
-    parameters = inspect.signature(function).parameters
-    return name in parameters or any(
-        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,7 +184,7 @@ def explain(model: nn.Module) -> Explanation:
     from .lowering.source_pass import seen_ops
 
     record = getattr(_original(model), "_kvarn_patch", None)
-    counts = dict(Counter(seen_ops()))
+    counts = dict(seen_ops())
     if record is None:
         return Explanation(None, None, (), counts)
     return Explanation(record.config, record.backend, tuple(record.layers), counts)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
+
+from kvarn_ops._compat import auto_functionalized_v2
 
 __all__ = ["AppendLast"]
 

@@ -72,10 +72,8 @@ def _iterate(
     column_scale, row_scale = column_log.exp(), row_log.exp()
     column_std, row_std = std(tile, -2), std(tile, -1)
     # Decided once: a token that counts in one iterate only would decide which iterate is best.
-    skip_columns, skip_rows = (
-        (column_std < _ZERO_STD) & ignore_zeros,
-        (row_std < _ZERO_STD) & ignore_zeros,
-    )
+    skip_columns = (column_std < _ZERO_STD) & ignore_zeros
+    skip_rows = (row_std < _ZERO_STD) & ignore_zeros
     best = _spread(column_std, skip_columns) + _spread(row_std, skip_rows)
     for _ in range(iters):
         column_log = _step(column_log, column_std, log_min, std_min)
