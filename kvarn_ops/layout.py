@@ -26,7 +26,7 @@ it is in the tail.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from .config import KVarNConfig
 
 __all__ = [
     "Field",
+    "PackedTiles",
     "TileCache",
     "allocate",
     "center",
@@ -43,6 +44,27 @@ __all__ = [
     "row_bytes",
     "unpack_codes",
 ]
+
+
+class PackedTiles(NamedTuple):
+    """Quantized tiles alone, `[B, H, N, ...]`; shapes in the module docstring."""
+
+    k_codes: Tensor
+    k_channel_affine: Tensor
+    k_token_scale: Tensor
+    v_codes: Tensor
+    v_token_affine: Tensor
+    v_channel_scale: Tensor
+
+    def tiles(self, start: int, count: int) -> PackedTiles:
+        """View of `count` tiles."""
+        return PackedTiles(*(tensor.narrow(2, start, count) for tensor in self))
+
+    def on(self, device: torch.device) -> PackedTiles:
+        """The tiles on a device: themselves, or a copy if they are offloaded."""
+        if self.k_codes.device == device:
+            return self
+        return PackedTiles(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class TileCache(NamedTuple):
@@ -64,15 +86,18 @@ class TileCache(NamedTuple):
         """View of `count` batch rows."""
         return TileCache(*(tensor.narrow(0, start, count) for tensor in self))
 
-    def tiles(self, start: int, count: int) -> TileCache:
-        """View of `count` tiles; sinks, tail and lengths stay whole."""
-        packed = {name: getattr(self, name).narrow(2, start, count) for name in PACKED_FIELDS}
-        return self._replace(**packed)
+    @property
+    def packed(self) -> PackedTiles:
+        """The quantized tiles, live or not."""
+        return PackedTiles(*(getattr(self, name) for name in PackedTiles._fields))
+
+    def tiles(self, start: int, count: int) -> PackedTiles:
+        """View of `count` quantized tiles."""
+        return self.packed.tiles(start, count)
 
 
 CODE_FIELDS = ("k_codes", "v_codes")
 SCALE_FIELDS = ("k_channel_affine", "k_token_scale", "v_token_affine", "v_channel_scale")
-PACKED_FIELDS = CODE_FIELDS + SCALE_FIELDS
 SINK_FIELDS = ("k_sink", "v_sink")
 TAIL_FIELDS = ("k_tail", "v_tail")
 
@@ -104,10 +129,17 @@ def allocate(
     max_cache_len: int,
     dtype: torch.dtype,
     device: torch.device | str,
+    offload_tiles: bool = False,
 ) -> TileCache:
-    """An empty cache for one layer, all zeros."""
+    """An empty cache for one layer, all zeros; offloaded tiles are in (pinned) CPU memory."""
     lead = (batch_size, num_kv_heads)
     tiles, group = config.allocated_tiles(max_cache_len), config.group_size
+    place: dict[str, Any] = {"device": device}
+    if offload_tiles:
+        place = {"device": "cpu", "pin_memory": torch.device(device).type == "cuda"}
+
+    def packed(*shape: int, kind: torch.dtype) -> Tensor:
+        return torch.zeros(lead + shape, dtype=kind, **place)
 
     def zeros(*shape: int, kind: torch.dtype) -> Tensor:
         return torch.zeros(lead + shape, dtype=kind, device=device)
@@ -115,12 +147,12 @@ def allocate(
     half = torch.float16
     sinks, ring = config.num_sink_tokens, config.ring_len
     return TileCache(
-        k_codes=zeros(tiles, group, row_bytes(head_dim, config.key_bits), kind=torch.uint8),
-        k_channel_affine=zeros(tiles, 2, head_dim, kind=half),
-        k_token_scale=zeros(tiles, group, kind=half),
-        v_codes=zeros(tiles, head_dim, row_bytes(group, config.value_bits), kind=torch.uint8),
-        v_token_affine=zeros(tiles, 2, group, kind=half),
-        v_channel_scale=zeros(tiles, head_dim, kind=half),
+        k_codes=packed(tiles, group, row_bytes(head_dim, config.key_bits), kind=torch.uint8),
+        k_channel_affine=packed(tiles, 2, head_dim, kind=half),
+        k_token_scale=packed(tiles, group, kind=half),
+        v_codes=packed(tiles, head_dim, row_bytes(group, config.value_bits), kind=torch.uint8),
+        v_token_affine=packed(tiles, 2, group, kind=half),
+        v_channel_scale=packed(tiles, head_dim, kind=half),
         k_sink=zeros(sinks, head_dim, kind=dtype),
         v_sink=zeros(sinks, head_dim, kind=dtype),
         k_tail=zeros(ring, head_dim, kind=dtype),

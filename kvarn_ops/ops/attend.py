@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._compat import hint_size
 from ..config import KVarNConfig
-from ..layout import TileCache
+from ..layout import PackedTiles, TileCache
 from .formula import Dot, dot_matmul, dot_unrolled, materialized, tile_output, tile_scores
 
 __all__ = ["attend", "attend_decode_traced", "tiles_of"]
@@ -51,6 +51,7 @@ def attend(
     scale: float,
     softcap: float,
     config: KVarNConfig,
+    shared: PackedTiles | None = None,
 ) -> Tensor:
     """Eager form; arguments and result as in `kvarn_ops.reference.attention.attend`."""
     live_tiles = config.num_tiles(int(cache.seq_lens.max()))
@@ -76,6 +77,7 @@ def attend(
                 config,
                 chunks,
                 dot_matmul,
+                shared,
             )
         )
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
@@ -101,6 +103,7 @@ def attend_decode_traced(
     scale: float,
     softcap: float,
     config: KVarNConfig,
+    shared: PackedTiles | None = None,
 ) -> Tensor:
     """One new token per row, for compilers: straight-line code, work proportional to live tiles."""
     batch, capacity = q.shape[0], cache.k_codes.shape[2]
@@ -124,6 +127,7 @@ def attend_decode_traced(
         config,
         [(0, live)],  # type: ignore[list-item]  (a SymInt)
         dot_unrolled,
+        shared,
     )
 
 
@@ -141,6 +145,7 @@ def _attend_block(
     config: KVarNConfig,
     chunks: list[tuple[int, int]],
     dot: Dot,
+    shared: PackedTiles | None,
 ) -> Tensor:
     batch, num_q_heads, queries, head_dim = q.shape
     num_kv_heads = cache.k_tail.shape[1]
@@ -161,7 +166,7 @@ def _attend_block(
     rotated = rows @ rotation if config.rotate_keys else rows
     packed = None
     for start, count in chunks:
-        tiles = cache.tiles(start, count)
+        tiles = cache.tiles(start, count).on(q.device)
         hidden = _tiles_hidden(cache, limit, start, count, config)
         scores = tile_scores(rotated, tiles, config, dot)  # [B, H, n, M, G]
         scores = _softcapped(scores, softcap)
@@ -170,6 +175,9 @@ def _attend_block(
         scores = scores.masked_fill(hidden.unsqueeze(1), -torch.inf)
         peak, weights, total = _exponentials(scores, (2, 4))
         part = _Partial(peak.squeeze(2), total.squeeze(2), tile_output(weights, tiles, config, dot))
+        packed = part if packed is None else _merge(packed, part)
+    if shared is not None:
+        part = _attend_shared(rotated, shared, softcap, config, dot)
         packed = part if packed is None else _merge(packed, part)
     if packed is not None:
         if config.rotate_values:
@@ -189,6 +197,43 @@ def _attend_block(
     # NaN scores make `total` NaN, which the comparison above would hide.
     out = torch.where(total.isnan(), total, out)
     return out.reshape(batch, num_q_heads, queries, head_dim).to(q.dtype)
+
+
+def _attend_shared(
+    rotated: Tensor, shared: PackedTiles, softcap: float, config: KVarNConfig, dot: Dot
+) -> _Partial:
+    """Tiles `[B0, H, N, ...]` that every query sees; row b of the batch reads row b // (B / B0).
+
+    The queries of rows that share tiles are put side by side, so that a code is unpacked once for
+    several rows: all of them in eager mode, a few where each is unrolled.
+    """
+    batch, heads, queries, head_dim = rotated.shape
+    sources = shared.k_codes.shape[0]
+    copies = batch // sources
+    together = copies
+    if dot is dot_unrolled:
+        together = max(n for n in range(1, copies + 1) if copies % n == 0 and n * queries <= 16)
+    lead = (sources, copies // together)
+    rows = rotated.reshape(*lead, together, heads, queries, head_dim).transpose(2, 3)
+    rows = rows.reshape(*lead, heads, together * queries, head_dim)
+    total = None
+    count = shared.k_codes.shape[2]
+    step = count if dot is dot_unrolled else _TILES_PER_CHUNK
+    for start in range(0, count, step):
+        tiles = shared.tiles(start, min(step, count - start)).on(rotated.device)
+        tiles = PackedTiles(*(tensor.unsqueeze(1) for tensor in tiles))
+        scores = _softcapped(tile_scores(rows, tiles, config, dot), softcap)
+        peak, weights, weight_sum = _exponentials(scores, (-3, -1))
+        out = tile_output(weights, tiles, config, dot)
+        part = _Partial(peak.squeeze(-3), weight_sum.squeeze(-3), out)
+        total = part if total is None else _merge(total, part)
+    assert total is not None
+
+    def by_row(x: Tensor) -> Tensor:
+        x = x.reshape(*lead, heads, together, queries, -1).transpose(2, 3)
+        return x.reshape(batch, heads, queries, -1)
+
+    return _Partial(*(by_row(x) for x in total))
 
 
 def _dense_visible(cache: TileCache, limit: Tensor | None, config: KVarNConfig) -> Tensor:

@@ -1,9 +1,10 @@
-"""`kvarn::attention`, `kvarn::step_` and `kvarn::step`: attention with or without an append.
+"""`kvarn::attention`, `kvarn::step_`, `kvarn::step_shared_`: attention with or without an append.
 
 `step_` attends to the old cache and the new tokens, then appends them: one op per layer and
 forward, and each cache buffer is read first and mutated once, which compilers do without a copy.
 When it is compiled for one token per row it becomes plain arithmetic plus `append_`; otherwise it
-stays whole.
+stays whole. `step_shared_` reads, besides, tiles that belong to several caches and never change:
+the cache itself then holds the sequence without the tokens of those tiles.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from torch import Tensor
 from .. import dispatch
 from .._compat import keeps_custom_ops
 from ..config import KVarNConfig
-from ..layout import TileCache
+from ..layout import PackedTiles, TileCache
 from .append import append_, store
 from .attend import attend_decode_traced, attend_first
-from .library import CACHE_ARGS, CACHE_MUTATED_ARGS, CACHE_RETURNS, define
-from .validate import check_attention, check_new_tokens
+from .library import CACHE_ARGS, CACHE_MUTATED_ARGS, CACHE_RETURNS, SHARED_ARGS, define
+from .validate import check_attention, check_new_tokens, check_shared
 
-__all__ = ["attention", "step", "step_"]
+__all__ = ["attention", "step", "step_", "step_shared", "step_shared_"]
 
 _CACHE_LEN = len(TileCache._fields)
+_SHARED_LEN = len(PackedTiles._fields)
 
 
 def _attention_kernel(q: Tensor, *rest: Any) -> Tensor:
@@ -53,19 +55,38 @@ def _attention_kernel(q: Tensor, *rest: Any) -> Tensor:
 
 
 def _step_kernel(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any) -> Tensor:
+    return _step(q, k, v, valid, None, *rest)
+
+
+def _step_shared_kernel(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any
+) -> Tensor:
+    return _step(q, k, v, valid, PackedTiles(*rest[:_SHARED_LEN]), *rest[_SHARED_LEN:])
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    shared: PackedTiles | None,
+    *rest: Any,
+) -> Tensor:
     cache = TileCache(*rest[:_CACHE_LEN])
-    rotation, sink_logits, scale, softcap, causal, config_line, backend = rest[_CACHE_LEN:]
+    rotation, sinks, scale, softcap, causal, config_line, backend = rest[_CACHE_LEN:]
     config = KVarNConfig.from_string(config_line)
     check_new_tokens(k, v, valid, cache, config)
-    check_attention(q, cache, sink_logits)
+    check_attention(q, cache, sinks)
+    if shared is not None:
+        check_shared(shared, cache, config)
     attend = dispatch.attend(backend)
-    plain = softcap == 0 and sink_logits is None and q.dtype == k.dtype
+    plain = softcap == 0 and sinks is None and q.dtype == k.dtype and shared is None
     if plain and backend == "aten" and causal and not bool(cache.seq_lens.any()):
         visible = None if valid is None else _new_visible(q, k, valid, causal)
         out = attend_first(q, k, v, visible, scale)
     else:
-        visible = _new_visible(q, k, valid, causal)
-        out = attend(q, cache, k, v, visible, None, rotation, sink_logits, scale, softcap, config)
+        seen = _new_visible(q, k, valid, causal)
+        out = attend(q, cache, k, v, seen, None, rotation, sinks, scale, softcap, config, shared)
     store(cache, k, v, valid, rotation, config)
     return out.contiguous()  # SDPA returns a transposed view on CPU
 
@@ -85,6 +106,14 @@ def _step_functional(
     return (_step_kernel(q, k, v, valid, *fresh, *rest[_CACHE_LEN:]), *fresh)
 
 
+def _step_shared_functional(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    shared, rest = rest[:_SHARED_LEN], rest[_SHARED_LEN:]
+    fresh = tuple(tensor.clone() for tensor in rest[:_CACHE_LEN])
+    return (_step_shared_kernel(q, k, v, valid, *shared, *fresh, *rest[_CACHE_LEN:]), *fresh)
+
+
 def _attention_fake(q: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
@@ -100,17 +129,27 @@ def _step_functional_fake(
     return (out, *(torch.empty_like(tensor) for tensor in rest[:_CACHE_LEN]))
 
 
+def _step_shared_functional_fake(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _step_functional_fake(q, k, v, valid, *rest[_SHARED_LEN:])
+
+
 def _step_traced(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict | None) -> Any:
     """Decompose a compiled decode step; anything else stays one op."""
     q, k, v, valid, *rest = args
-    rotation, sink_logits, scale, softcap, _, config_line, backend = rest[_CACHE_LEN:]
+    shared = None
+    if op is step_shared_:
+        shared, rest = PackedTiles(*rest[:_SHARED_LEN]), rest[_SHARED_LEN:]
+    cache = TileCache(*rest[:_CACHE_LEN])
+    rotation, sinks, scale, softcap, _, config_line, backend = rest[_CACHE_LEN:]
     decode = q.shape[2] == 1 and valid is None
-    if kwargs or not decode or backend != "aten" or keeps_custom_ops():
+    offloaded = cache.k_codes.device != q.device
+    if kwargs or not decode or offloaded or backend != "aten" or keeps_custom_ops():
         return mode.__torch_dispatch__(op, types, args, kwargs)
     with mode:
-        cache = TileCache(*rest[:_CACHE_LEN])
         config = KVarNConfig.from_string(config_line)
-        out = attend_decode_traced(q, cache, k, v, rotation, sink_logits, scale, softcap, config)
+        out = attend_decode_traced(q, cache, k, v, rotation, sinks, scale, softcap, config, shared)
         append_(k, v, None, *cache, rotation, config_line)
         return out
 
@@ -139,4 +178,19 @@ step = define(
     f"-> (Tensor, {CACHE_RETURNS})",
     _step_functional,
     _step_functional_fake,
+)
+step_shared_ = define(
+    "step_shared_",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? valid, {SHARED_ARGS}, {CACHE_MUTATED_ARGS}, "
+    f"{_TAIL_ARGS}) -> Tensor",
+    _step_shared_kernel,
+    _step_fake,
+    traced=_step_traced,
+)
+step_shared = define(
+    "step_shared",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? valid, {SHARED_ARGS}, {CACHE_ARGS}, {_TAIL_ARGS}) "
+    f"-> (Tensor, {CACHE_RETURNS})",
+    _step_shared_functional,
+    _step_shared_functional_fake,
 )

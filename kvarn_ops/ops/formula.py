@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import KVarNConfig
-from ..layout import Field, TileCache, center, fields, to_field_order
+from ..layout import Field, PackedTiles, center, fields, to_field_order
 
 __all__ = ["Dot", "dot_matmul", "dot_unrolled", "materialized", "tile_output", "tile_scores"]
 
@@ -24,49 +24,49 @@ __all__ = ["Dot", "dot_matmul", "dot_unrolled", "materialized", "tile_output", "
 Dot = Callable[[Tensor, Tensor, int], Tensor]
 
 
-def tile_scores(q: Tensor, tiles: TileCache, config: KVarNConfig, dot: Dot) -> Tensor:
+def tile_scores(q: Tensor, tiles: PackedTiles, config: KVarNConfig, dot: Dot) -> Tensor:
     """Scores of queries against quantized keys.
 
     Parameters
     ----------
     q : Tensor
-        `[B, H_kv, M, D]` fp32, scaled, in the frame of the stored keys; M = all query rows of a
+        `[..., H_kv, M, D]` fp32, scaled, in the frame of the stored keys; M = all query rows of a
         KV head.
-    tiles : TileCache
-        The tiles to read (`TileCache.tiles`).
+    tiles : PackedTiles
+        The tiles to read, `[..., H_kv, n, ...]`; leading dimensions broadcast.
 
     Returns
     -------
     Tensor
-        `[B, H_kv, n, M, G]` fp32.
+        `[..., H_kv, n, M, G]` fp32.
     """
     scale, offset = tiles.k_channel_affine.float().unbind(-2)
-    folded = q.unsqueeze(2) * scale.unsqueeze(-2)  # [B, H, n, M, D]
+    folded = q.unsqueeze(-3) * scale.unsqueeze(-2)  # [..., H, n, M, D]
     zero = (offset - center(config.key_bits)).unsqueeze(-2)
     bias = (folded * zero).sum(-1, keepdim=True)
     scores = dot(tiles.k_codes, folded, config.key_bits) + bias
     return scores * tiles.k_token_scale.float().unsqueeze(-2)
 
 
-def tile_output(p: Tensor, tiles: TileCache, config: KVarNConfig, dot: Dot) -> Tensor:
+def tile_output(p: Tensor, tiles: PackedTiles, config: KVarNConfig, dot: Dot) -> Tensor:
     """Weighted sum of quantized values.
 
     Parameters
     ----------
     p : Tensor
-        `[B, H_kv, n, M, G]` fp32 weights.
+        `[..., H_kv, n, M, G]` fp32 weights.
 
     Returns
     -------
     Tensor
-        `[B, H_kv, M, D]` fp32 in the frame of the stored values.
+        `[..., H_kv, M, D]` fp32 in the frame of the stored values.
     """
     scale, offset = tiles.v_token_affine.float().unbind(-2)
     folded = p * scale.unsqueeze(-2)
     zero = (offset - center(config.value_bits)).unsqueeze(-2)
     bias = (folded * zero).sum(-1, keepdim=True)
-    out = dot(tiles.v_codes, folded, config.value_bits) + bias  # [B, H, n, M, D]
-    return (out * tiles.v_channel_scale.float().unsqueeze(-2)).sum(2)
+    out = dot(tiles.v_codes, folded, config.value_bits) + bias  # [..., H, n, M, D]
+    return (out * tiles.v_channel_scale.float().unsqueeze(-2)).sum(-3)
 
 
 def dot_matmul(codes: Tensor, x: Tensor, bits: int) -> Tensor:

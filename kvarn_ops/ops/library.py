@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .._compat import below_autograd, register_functional_rule
 from ..errors import InputError
-from ..layout import TileCache
+from ..layout import PackedTiles, TileCache
 
-__all__ = ["CACHE_ARGS", "CACHE_MUTATED_ARGS", "CACHE_RETURNS", "define"]
+__all__ = ["CACHE_ARGS", "CACHE_MUTATED_ARGS", "CACHE_RETURNS", "SHARED_ARGS", "define"]
 
 # Module level: ops vanish when their Library is collected.
 _LIBRARY = torch.library.Library("kvarn", "DEF")
@@ -26,6 +26,7 @@ CACHE_ARGS = ", ".join(f"Tensor {name}" for name in TileCache._fields)
 CACHE_MUTATED_ARGS = ", ".join(
     f"Tensor({chr(ord('a') + i)}!) {name}" for i, name in enumerate(TileCache._fields)
 )
+SHARED_ARGS = ", ".join(f"Tensor shared_{name}" for name in PackedTiles._fields)
 CACHE_RETURNS = ", ".join(["Tensor"] * len(TileCache._fields))
 
 _NO_GRADIENT = (

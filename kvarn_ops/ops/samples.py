@@ -26,6 +26,8 @@ OP_NAMES = (
     "attention",
     "step",
     "step_",
+    "step_shared",
+    "step_shared_",
 )
 
 _HEADS, _DIM, _ROWS = 2, 64, 2
@@ -103,8 +105,8 @@ def _samples(
         return
     queries_heads = 2 * _HEADS
     for lengths, count, masked in (
-        ([150, 31], 1, False),
-        ([150, 31], 40, True),
+        ([150, 33], 1, False),
+        ([150, 33], 40, True),
         ([0, 0], 5, False),
     ):
         cache, rotation = filled_cache(config, lengths, device)
@@ -120,5 +122,9 @@ def _samples(
             yield (k, v, valid, *cache, rotation, line), {}
         elif op_name == "attention":
             yield (q, *cache, *options), {}
-        else:
+        elif "shared" not in op_name:
             yield (q, k, v, valid, *cache, *options), {}
+        elif min(lengths) >= config.num_sink_tokens:
+            for sources in (1, _ROWS):
+                donor, _ = filled_cache(config, [200] * sources, device, seed=sources)
+                yield (q, k, v, valid, *donor.tiles(0, 3), *cache, *options), {}

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..config import KVarNConfig
 from ..errors import CacheError, InputError
-from ..layout import TileCache, capacity
+from ..layout import PackedTiles, TileCache, capacity
 
-__all__ = ["check_attention", "check_capacity", "check_new_tokens", "check_tiles"]
+__all__ = ["check_attention", "check_capacity", "check_new_tokens", "check_shared", "check_tiles"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -74,6 +74,22 @@ def check_attention(q: Tensor, cache: TileCache, sink_logits: Tensor | None) -> 
             f"sink_logits has shape {tuple(sink_logits.shape)}: give one logit per query head, "
             f"[{q.shape[1]}]."
         )
+
+
+def check_shared(shared: PackedTiles, cache: TileCache, config: KVarNConfig) -> None:
+    """Shared tiles have the cache's geometry, and its rows are whole copies of their rows."""
+    for name, tensor in zip(PackedTiles._fields, shared, strict=True):
+        own = getattr(cache, name)
+        if tensor.shape[1:2] + tensor.shape[3:] != own.shape[1:2] + own.shape[3:]:
+            raise InputError(
+                f"shared_{name} has shape {tuple(tensor.shape)}, the cache's own "
+                f"{tuple(own.shape)}: only rows and tiles may differ in number."
+            )
+    rows, sources = cache.k_tail.shape[0], shared.k_codes.shape[0]
+    if not sources or rows % sources:
+        raise InputError(f"{rows} rows cannot share the tiles of {sources}: give a multiple.")
+    if int(cache.seq_lens.min()) < config.num_sink_tokens:
+        raise InputError("a row with shared tiles holds all its sinks: seq_lens is too small.")
 
 
 def check_capacity(cache: TileCache, needed: int, config: KVarNConfig) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config import KVarNConfig
-from ..layout import TileCache
+from ..layout import PackedTiles, TileCache
 from .decode import decode_keys, decode_values
 from .encode import EncodedTiles
 
@@ -14,9 +14,19 @@ __all__ = ["attend", "read_row"]
 
 
 def read_row(
-    cache: TileCache, row: int, config: KVarNConfig, rotation: Tensor | None = None
+    cache: TileCache,
+    row: int,
+    config: KVarNConfig,
+    rotation: Tensor | None = None,
+    shared: PackedTiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All keys and values of one batch row, in order of position.
+
+    Parameters
+    ----------
+    shared : PackedTiles or None
+        `[B0, H_kv, N, ...]` tiles between the sinks and the row's own tiles, of row
+        `row // (B / B0)`.
 
     Returns
     -------
@@ -25,16 +35,14 @@ def read_row(
     """
     length = int(cache.seq_lens[row])
     tiles, sinks = config.num_tiles(length), config.num_sink_tokens
-    keys = EncodedTiles(
-        cache.k_codes[row, :, :tiles],
-        cache.k_channel_affine[row, :, :tiles],
-        cache.k_token_scale[row, :, :tiles],
-    )
-    values = EncodedTiles(
-        cache.v_codes[row, :, :tiles],
-        cache.v_token_affine[row, :, :tiles],
-        cache.v_channel_scale[row, :, :tiles],
-    )
+    own = PackedTiles(*(tensor[row, :, :tiles] for tensor in cache.packed))
+    if shared is not None:
+        source = row // (cache.k_codes.shape[0] // shared.k_codes.shape[0])
+        pairs = zip(shared, own, strict=True)
+        own = PackedTiles(*(torch.cat([before[source], after], dim=1) for before, after in pairs))
+    own = own.on(cache.k_tail.device)
+    keys = EncodedTiles(own.k_codes, own.k_channel_affine, own.k_token_scale)
+    values = EncodedTiles(own.v_codes, own.v_token_affine, own.v_channel_scale)
     body = torch.arange(tiles * config.group_size, max(0, length - sinks))
     slots = (body % config.ring_len).to(cache.k_tail.device)
     k = [
@@ -62,6 +70,7 @@ def attend(
     scale: float,
     softcap: float,
     config: KVarNConfig,
+    shared: PackedTiles | None = None,
 ) -> Tensor:
     """Attention of new queries over the cache and over new, not yet stored tokens.
 
@@ -83,6 +92,8 @@ def attend(
         `[H_q]` logits of attention sinks, which take weight and give no value.
     scale, softcap : float
         Scores are `softcap * tanh(scale * q @ k / softcap)`; softcap 0 means none.
+    shared : PackedTiles or None
+        `[B0, H_kv, N, ...]` more tiles, which all queries see: row b reads row `b // (B / B0)`.
 
     Returns
     -------
@@ -92,7 +103,7 @@ def attend(
     group = q.shape[1] // cache.k_tail.shape[1]
     rows = []
     for row in range(q.shape[0]):
-        k, v = read_row(cache, row, config, rotation)
+        k, v = read_row(cache, row, config, rotation, shared)
         stored_visible = torch.ones(q.shape[2], k.shape[1], dtype=torch.bool, device=k.device)
         if limit is not None:
             positions = torch.arange(k.shape[1], device=k.device)
