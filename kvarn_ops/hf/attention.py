@@ -17,23 +17,37 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .._compat import is_compiling
+from .._compat import is_compiling, new_slots
 from ..errors import InputError, UnsupportedModelError
 from .layer import KVarNLayer
 
-__all__ = ["LAYER_KWARG", "register"]
+__all__ = ["LAYER_KWARG", "is_wrapped", "unwrapped", "wrapped"]
 
 LAYER_KWARG = "kvarn_layer"
 ATTENTION_PREFIX = "kvarn_"  # of the attention implementation's name in a patched model's config
 
 
-def register(base: str) -> str:
-    """Register `kvarn_<base>` with transformers, once, and return the name."""
-    name = ATTENTION_PREFIX + base
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(name, _attention_function(base))
-        ALL_MASK_ATTENTION_FUNCTIONS.register(name, _mask_function(base))
-    return name
+def is_wrapped(config: Any) -> bool:
+    """Whether a model with this config calls our attention and mask functions."""
+    return (config._attn_implementation or "").startswith(ATTENTION_PREFIX)
+
+
+def wrapped(configs: list[Any]) -> None:
+    """Select `kvarn_<base>` where `<base>` was selected, and register it with transformers."""
+    for config in configs:
+        base = (config._attn_implementation or "sdpa").removeprefix(ATTENTION_PREFIX)
+        name = ATTENTION_PREFIX + base
+        if name not in ALL_ATTENTION_FUNCTIONS:
+            ALL_ATTENTION_FUNCTIONS.register(name, _attention_function(base))
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, _mask_function(base))
+        config._attn_implementation = name
+
+
+def unwrapped(configs: list[Any]) -> None:
+    """Select `<base>` where `kvarn_<base>` was selected, and leave others alone."""
+    for config in configs:
+        if is_wrapped(config):
+            config._attn_implementation = config._attn_implementation.removeprefix(ATTENTION_PREFIX)
 
 
 def _attention_function(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -87,11 +101,13 @@ def _packed_attention(
             "supported: patch with strict=False to leave the model dense."
         )
     assert layer.tiles is not None
-    out = torch.ops.kvarn.step_(
+    step = torch.ops.kvarn.step_ if layer.shared is None else torch.ops.kvarn.step_shared_
+    out = step(
         query,
         key,
         value,
         _new_token_validity(attention_mask, query.shape[2]),
+        *(layer.shared or ()),
         *layer.tiles,
         layer.rotation,
         s_aux,
@@ -135,12 +151,13 @@ def _mask_function(base: str) -> Callable[..., Tensor | None]:
 
 def _validity(kwargs: dict[str, Any]) -> Tensor | None:
     """`[B, 1, 1, S]` bool from the 2-D padding mask, or None if all new tokens are valid."""
-    padding, count = kwargs.get("attention_mask"), kwargs["q_length"]
+    padding = kwargs.get("attention_mask")
+    count, first = new_slots(kwargs)
     if padding is None:
         return None
     if count == 1:
         # generate appends ones only. Checking would put a reduction into every compiled step.
         if is_compiling() or padding.device.type != "cpu" or bool(padding[:, -1].all()):
             return None
-    positions = torch.arange(count, device=padding.device) + kwargs["q_offset"]
+    positions = torch.arange(count, device=padding.device) + first
     return padding.bool().index_select(1, positions)[:, None, None, :]

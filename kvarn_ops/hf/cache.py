@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +13,10 @@ from transformers.cache_utils import Cache, StaticCache, StaticLayer
 from .. import dispatch
 from .._compat import is_compiling
 from ..config import DEFAULT_PRESET, KVarNConfig
-from ..errors import InputError
+from ..errors import CacheError, InputError
 from ..layout import CODE_FIELDS, SCALE_FIELDS, SINK_FIELDS, TAIL_FIELDS
+from . import stock
+from .fork import forked
 from .layer import KVarNLayer
 
 __all__ = ["KVarNCache"]
@@ -36,9 +40,15 @@ class KVarNCache(Cache):
         Which implementation the ops use.
     device : torch.device or str, optional
         Where the model is, to resolve `backend="auto"`.
+    offload_tiles : bool
+        Keep finished tiles in CPU memory and bring them to the device chunk by chunk. The device
+        then holds sinks, tail and a few tiles, and decoding waits for the transfers. Such a cache
+        runs eagerly.
     **config_overrides
         Fields of `KVarNConfig`.
     """
+
+    made_by_generate = False  # then `generate` may also give it more room (`hf.growth`)
 
     def __init__(
         self,
@@ -48,6 +58,7 @@ class KVarNCache(Cache):
         *,
         backend: str = "auto",
         device: torch.device | str = "cpu",
+        offload_tiles: bool = False,
         **config_overrides: Any,
     ) -> None:
         if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int):
@@ -60,11 +71,12 @@ class KVarNCache(Cache):
                 "transformers model."
             )
         self.kvarn_config = KVarNConfig.coerce(config, **config_overrides)
+        self.model_config = model_config
         resolved = dispatch.resolve(backend, device)
         rotations: dict[tuple[int, torch.device], Tensor] = {}
         stock = StaticCache(config=model_config, max_cache_len=max_cache_len)
         layers = [
-            KVarNLayer(max_cache_len, self.kvarn_config, resolved, rotations)
+            KVarNLayer(max_cache_len, self.kvarn_config, resolved, rotations, offload_tiles)
             if type(layer) is StaticLayer
             else layer
             for layer in stock.layers
@@ -82,8 +94,130 @@ class KVarNCache(Cache):
                 packed.check_room(key_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def memory(self) -> dict[str, int]:
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, side by side; the cache gets new memory."""
+        for layer in self.layers:
+            if isinstance(layer, KVarNLayer):
+                layer.batch_repeat_interleave(repeats)
+            elif (batch := stock.batch_size(layer)) is not None:
+                stock.select_rows(layer, torch.arange(batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (int64, or bool over all rows); the cache gets new memory."""
+        for layer in self.layers:
+            if isinstance(layer, KVarNLayer):
+                layer.batch_select_indices(indices)
+            elif (batch := stock.batch_size(layer)) is not None:
+                stock.select_rows(layer, torch.arange(batch)[indices.cpu()])
+
+    def fork(self, copies: int = 1, *, max_cache_len: int | None = None) -> KVarNCache:
+        """A cache that goes on from here and stores what is common once.
+
+        Finished tiles are shared: n forks of a prompt's cache, or one fork of n rows, hold them
+        once, and compiled or not, read them together where they can. Sinks, tail and later tiles
+        are the fork's own. This cache can be used further; tokens that are shared can neither be
+        changed nor removed by `crop` here or there, and `reset()` takes new memory.
+
+        Parameters
+        ----------
+        copies : int
+            Rows of the fork for every row of this cache, side by side (as
+            `Tensor.repeat_interleave`).
+        max_cache_len : int, optional
+            Capacity of the fork in tokens per row; default: that of this cache.
+
+        Raises
+        ------
+        CacheError
+            If the capacity does not hold what is stored, or differs and layers stay dense.
+        """
+        if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
+            raise InputError(f"copies={copies!r}: give a number of rows of at least 1.")
+        packed = next(layer for layer in self.layers if isinstance(layer, KVarNLayer))
+        slots, used = packed.max_cache_len, int(packed.cumulative_length)
+        if max_cache_len is not None:
+            if max_cache_len < used:
+                raise CacheError(
+                    f"max_cache_len={max_cache_len} does not hold the {used} tokens per row that "
+                    "are stored: give at least that many."
+                )
+            fresh = StaticCache(config=self.model_config, max_cache_len=max_cache_len).layers
+            for layer, new in zip(self.layers, fresh, strict=True):
+                if not isinstance(layer, KVarNLayer):
+                    stock.check_same_capacity(new, getattr(layer, "max_cache_len", None))
+            slots = max_cache_len
+        fork = copy.copy(self)
+        fork.layers = [
+            forked(layer, copies, slots) if isinstance(layer, KVarNLayer) else stock.copied(layer)
+            for layer in self.layers
+        ]
+        for layer in fork.layers if copies > 1 else ():
+            if not isinstance(layer, KVarNLayer) and (batch := stock.batch_size(layer)) is not None:
+                stock.select_rows(layer, torch.arange(batch).repeat_interleave(copies))
+        return fork
+
+    def to(self, device: torch.device | str) -> KVarNCache:
+        """Move everything to a device, in place; offloaded tiles stay in CPU memory."""
+        device = torch.empty(0, device=device).device  # with its index
+        rotations: dict[tuple[int, torch.device], Tensor] = {}
+        for layer in self.layers:
+            if isinstance(layer, KVarNLayer):
+                layer.to_device(device, rotations)
+            else:
+                stock.to_device(layer, device)
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to a safetensors file; see `kvarn_ops.hf.cache_file`."""
+        from .cache_file import save
+
+        save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model_config: Any,
+        *,
+        max_cache_len: int | None = None,
+        config: KVarNConfig | str | None = None,
+        backend: str = "auto",
+        device: torch.device | str = "cpu",
+        offload_tiles: bool = False,
+    ) -> KVarNCache:
+        """Read a cache that `save` wrote; see `kvarn_ops.hf.cache_file`.
+
+        Parameters
+        ----------
+        model_config : PreTrainedConfig
+            Config of the model that will use the cache; must be that of the model that filled it.
+        max_cache_len : int, optional
+            Capacity in tokens per row; default: that of the saved cache.
+        config : KVarNConfig or str, optional
+            If given, a file with another config is refused.
+
+        Raises
+        ------
+        CacheError
+            If the file is damaged, of a newer format, or does not belong to this model or config.
+        """
+        from .cache_file import load
+
+        return load(
+            path, model_config, max_cache_len, config, backend, torch.device(device), offload_tiles
+        )
+
+    def memory(
+        self, *others: KVarNCache, device: torch.device | str | None = None
+    ) -> dict[str, int]:
         """Bytes held now, by kind.
+
+        Parameters
+        ----------
+        *others : KVarNCache
+            Caches to be counted together with this one; what forks share is counted once.
+        device : torch.device or str, optional
+            Count only what lies there, for a cache with `offload_tiles`.
 
         Returns
         -------
@@ -100,34 +234,24 @@ class KVarNCache(Cache):
         }
         sizes = dict.fromkeys((*groups, "state", "dense"), 0)
         seen: set[int] = set()
+        only = None if device is None else torch.empty(0, device=device).device
 
-        def add(kind: str, tensor: Any) -> None:
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage.nbytes() and storage.data_ptr() not in seen:
-                    seen.add(storage.data_ptr())
-                    sizes[kind] += storage.nbytes()
+        def add(kind: str, tensor: Tensor) -> None:
+            storage = tensor.untyped_storage()
+            if only in (None, tensor.device) and storage._cdata not in seen:
+                seen.add(storage._cdata)
+                sizes[kind] += storage.nbytes()
 
-        for layer in self.layers:
+        for layer in (layer for cache in (self, *others) for layer in cache.layers):
             if not isinstance(layer, KVarNLayer):
-                for tensor in _tensors(vars(layer)):
+                for tensor in stock.tensors_of(vars(layer)):
                     add("dense", tensor)
                 continue
-            if layer.tiles is not None:
-                for kind, names in groups.items():
+            for tiles in (layer.tiles, layer.shared):
+                for kind, names in groups.items() if tiles is not None else ():
                     for name in names:
-                        add(kind, getattr(layer.tiles, name))
-            for tensor in _tensors(vars(layer)):
+                        if hasattr(tiles, name):
+                            add(kind, getattr(tiles, name))
+            for tensor in stock.tensors_of(vars(layer)):
                 add("state", tensor)
         return sizes | {"total": sum(sizes.values())}
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """All tensors in nested containers."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return []

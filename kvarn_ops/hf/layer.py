@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .._compat import is_compiling, mark_static
+from .._compat import is_compiling, mark_static, query_count
 from ..config import KVarNConfig
 from ..errors import CacheCropError, CacheError, UnsupportedModelError
 from ..hadamard import check_head_dim, hadamard
-from ..layout import TileCache, allocate
+from ..layout import PackedTiles, TileCache, allocate
 from ..ops.validate import check_new_tokens
 
 __all__ = ["KVarNLayer"]
@@ -40,6 +41,18 @@ class KVarNLayer(CacheLayerMixin):
         A resolved backend (`kvarn_ops.dispatch.resolve`).
     rotations : dict
         Rotation matrices by (head_dim, device), shared by the layers of a cache.
+    offload_tiles : bool
+        Keep finished tiles in CPU memory.
+
+    Attributes
+    ----------
+    tiles : TileCache or None
+        What the layer stores; None before the first use.
+    shared : PackedTiles or None
+        Tiles between the sinks and the layer's own tiles that other layers read too
+        (`kvarn_ops.hf.fork`). `tiles.seq_lens` does not count their tokens.
+    frozen_tiles : int
+        The first tiles of `tiles` that forks read: never written again.
     """
 
     is_compileable = True
@@ -53,6 +66,7 @@ class KVarNLayer(CacheLayerMixin):
         config: KVarNConfig,
         backend: str,
         rotations: dict[tuple[int, torch.device], Tensor],
+        offload_tiles: bool = False,
     ) -> None:
         super().__init__()
         self.max_cache_len = max_cache_len
@@ -63,6 +77,11 @@ class KVarNLayer(CacheLayerMixin):
         self.rotation: Tensor | None = None
         self.armed = False  # set by a patched module right before its update
         self.cumulative_length = torch.tensor(0, dtype=torch.int64)  # slots, padding included
+        self.shared: PackedTiles | None = None
+        self.frozen_tiles = 0
+        self.offload_tiles = offload_tiles
+        if offload_tiles:
+            self.is_compileable = False  # compiled code cannot mix devices
         self._rotations = rotations
 
     def __repr__(self) -> str:
@@ -77,21 +96,40 @@ class KVarNLayer(CacheLayerMixin):
                 "different widths are not supported."
             )
         check_head_dim(head_dim, self.config.rotate_keys or self.config.rotate_values)
-        dtype, device = key_states.dtype, key_states.device
-        tiles = allocate(self.config, batch, heads, head_dim, self.max_cache_len, dtype, device)
+        tiles = self.allocated(batch, heads, head_dim, key_states.dtype, key_states.device)
         if not is_compiling():
             check_new_tokens(key_states, value_states, None, tiles, self.config)
-        self.tiles, self.dtype, self.device, self.batch_size = tiles, dtype, device, batch
+        self.adopt(tiles)
+
+    def allocated(
+        self,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        slots: int | None = None,
+    ) -> TileCache:
+        """Empty storage for `slots` tokens per row (None: the layer's capacity)."""
+        slots = self.max_cache_len if slots is None else slots
+        shape = (batch, heads, head_dim, slots)
+        return allocate(self.config, *shape, dtype, device, self.offload_tiles)
+
+    def adopt(self, tiles: TileCache, shared: PackedTiles | None = None) -> None:
+        """Make storage the layer's own, whatever it held before."""
+        head_dim, device = tiles.k_tail.shape[-1], tiles.k_tail.device
+        self.tiles, self.shared, self.frozen_tiles = tiles, shared, 0
+        self.dtype, self.device, self.batch_size = tiles.k_tail.dtype, device, len(tiles.seq_lens)
         rotated = self.config.rotate_keys or self.config.rotate_values
         width = head_dim if rotated else 0
-        if (width, self.device) not in self._rotations:
-            matrix = hadamard(width, device=self.device) if rotated else torch.zeros(0, 0)
-            self._rotations[width, self.device] = matrix
-        self.rotation = self._rotations[width, self.device]
-        self.cumulative_length = self.cumulative_length.to(self.device)
-        self._high_water = torch.zeros_like(self.tiles.seq_lens)
+        if (width, device) not in self._rotations:
+            matrix = hadamard(width, device=device) if rotated else torch.zeros(0, 0)
+            self._rotations[width, device] = matrix
+        self.rotation = self._rotations[width, device]
+        self.cumulative_length = self.cumulative_length.to(device)
+        self._high_water = torch.zeros_like(tiles.seq_lens)
         if not is_compiling():
-            for tensor in (*self.tiles, self.cumulative_length, self.rotation):
+            for tensor in (*tiles, *(shared or ()), self.cumulative_length, self.rotation):
                 mark_static(tensor)
         self.is_initialized = True
 
@@ -129,12 +167,12 @@ class KVarNLayer(CacheLayerMixin):
                 f"needed: create it with max_cache_len={needed} or more."
             )
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """A negative offset marks masks for KVarN layers (`kvarn_ops.hf.attention`).
 
         Mask functions of a model that is not patched can live with it, until `update` refuses.
         """
-        return query_length, -1
+        return query_count(query_length), -1
 
     def get_seq_length(self) -> Any:
         """Slots used so far, padding included: a tensor once initialized, as in StaticLayer."""
@@ -147,8 +185,11 @@ class KVarNLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.17
 
     def reset(self) -> None:
-        """Empty the layer; memory and addresses stay."""
-        if self.tiles is not None:
+        """Empty the layer; memory and addresses stay, unless tiles are shared with a fork."""
+        if self.tiles is not None and (self.shared is not None or self.frozen_tiles):
+            batch, heads, _, head_dim = self.tiles.k_tail.shape
+            self.adopt(self.allocated(batch, heads, head_dim, self.dtype, self.device))
+        elif self.tiles is not None:
             for tensor in self.tiles:
                 tensor.zero_()
             self._high_water.zero_()
@@ -182,8 +223,16 @@ class KVarNLayer(CacheLayerMixin):
             raise CacheCropError(
                 f"cannot remove {count} tokens from a row that holds {int(lengths.min())}."
             )
+        settled = config.num_sink_tokens + config.tail_tokens
+        if self.shared is None:
+            settled += self.frozen_tiles * config.group_size
         high_water = torch.maximum(self._high_water, lengths)
         for new, high in zip((lengths - count).tolist(), high_water.tolist(), strict=True):
+            if new < settled and (self.shared is not None or self.frozen_tiles):
+                raise CacheCropError(
+                    f"cannot remove {count} tokens: this reaches tokens that a fork of the cache "
+                    "shares. Remove fewer, or fork again from a cache that was cropped before."
+                )
             needed = config.num_tiles(new) * config.group_size  # first token of the new tail
             held = high - config.num_sink_tokens - config.ring_len
             if new - config.num_sink_tokens > needed and needed < held:
@@ -196,34 +245,73 @@ class KVarNLayer(CacheLayerMixin):
         self.cumulative_length.sub_(count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Permute the rows (beam search), in place."""
-        if self.tiles is not None:
-            index = beam_idx.to(self.device)
-            for tensor in (*self.tiles, self._high_water):
-                tensor.copy_(tensor.index_select(0, index))
+        """Permute the rows (beam search), in place unless tiles are shared with a fork."""
+        if self.tiles is None:
+            return
+        index = beam_idx.to(self.device)
+        if self.frozen_tiles or self.shared is not None:
+            self.select_rows(index)
+            return
+        for tensor in (*self.tiles, self._high_water):
+            tensor.copy_(tensor.index_select(0, index.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times; the layer gets new memory."""
         if self.tiles is not None:
             rows = torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats)
-            self._take_rows(rows)
+            self.select_rows(rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows; the layer gets new memory."""
         if self.tiles is not None:
             rows = torch.arange(self.batch_size, device=self.device)
-            self._take_rows(rows[indices.to(self.device)])
+            self.select_rows(rows[indices.to(self.device)])
 
-    def _take_rows(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor) -> None:
+        """Make rows `rows` `[n]` int64 of the batch the new batch, in new memory.
+
+        Shared tiles stay shared if every new row comes from the same one, or in the same order.
+        """
         assert self.tiles is not None
-        self.tiles = TileCache(*(tensor.index_select(0, rows) for tensor in self.tiles))
-        self._high_water = self._high_water.index_select(0, rows)
-        self.batch_size = len(rows)
-        for tensor in self.tiles:
-            mark_static(tensor)
+        high_water, shared = self._high_water.index_select(0, rows), self.shared
+        if shared is not None and shared.k_codes.shape[0] > 1:
+            sources = shared.k_codes.shape[0]
+            origin = rows // (self.batch_size // sources)
+            regular = torch.arange(sources, device=rows.device)
+            regular = regular.repeat_interleave(-(-len(rows) // sources))
+            if not torch.equal(origin, regular):
+                shared = PackedTiles(*_take_rows(shared, origin))
+        self.adopt(TileCache(*_take_rows(self.tiles, rows)), shared)
+        self._high_water = high_water
 
     def offload(self) -> None:
-        """Not offered: a packed layer is already small."""
-        raise CacheError("KVarN layers cannot be offloaded: create the cache without offloading.")
+        """Not offered: transformers would move whole layers to and fro in every step."""
+        raise CacheError(
+            "KVarN layers are not offloaded this way: use "
+            "KVarNCache(..., offload_tiles=True), which keeps finished tiles in CPU memory."
+        )
 
     prefetch = offload
+
+    def to_device(
+        self, device: torch.device, rotations: dict[tuple[int, torch.device], Tensor]
+    ) -> None:
+        """Move the layer, rotation matrices excepted; offloaded tiles stay in CPU memory."""
+        if self.tiles is None or device == self.device:
+            return
+        self._rotations = rotations
+        staying = PackedTiles._fields if self.offload_tiles else ()
+        moved = {
+            name: tensor if name in staying else tensor.to(device)
+            for name, tensor in self.tiles._asdict().items()
+        }
+        shared, frozen, high_water = self.shared, self.frozen_tiles, self._high_water.to(device)
+        if shared is not None and not self.offload_tiles:
+            shared = PackedTiles(*(tensor.to(device) for tensor in shared))
+        self.adopt(TileCache(**moved), shared)
+        self._high_water = high_water
+        self.frozen_tiles = frozen if self.offload_tiles else 0
+
+
+def _take_rows(tensors: Iterable[Tensor], rows: Tensor) -> list[Tensor]:
+    return [tensor.index_select(0, rows.to(tensor.device)) for tensor in tensors]
