@@ -30,6 +30,17 @@ def test_quickstart_is_short_and_runs(readme: str, repo_root: Path) -> None:
     assert "packed" in done.stdout
 
 
+def test_blocks_of_the_page_on_caches_run_in_order(repo_root: Path) -> None:
+    page = (repo_root / "docs" / "caches.md").read_text()
+    script = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    script = script.replace('"max_new_tokens": 20', '"max_new_tokens": 2')
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=repo_root, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "'codes'" in done.stdout
+
+
 def test_table_of_presets(readme: str) -> None:
     rows = re.findall(r"\| (k\dv\d) \| (\d+) \| ([\d.]+)× \| ([\d.]+)× \| ([\d.]+)× \|", readme)
     assert len(rows) == 3

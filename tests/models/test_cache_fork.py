@@ -176,6 +176,20 @@ def test_generate_continues_a_fork(model: Any) -> None:
     assert (found[0] == wanted[0]).float().mean() > 0.9
 
 
+def test_beams_and_samples_start_from_a_fork(model: Any) -> None:
+    prompt, options = random_ids(1, 150), {"max_new_tokens": 40, "num_return_sequences": 3}
+    source = filled(model, prompt[:, :-1])
+
+    def generate(cache: Any, **fields: Any) -> Tensor:
+        torch.manual_seed(0)
+        return model.generate(prompt, past_key_values=cache, **options, **fields)
+
+    for fields in ({"num_beams": 3, "do_sample": False}, {"do_sample": True}):
+        alone = filled(model, prompt[:, :-1].repeat(3, 1))
+        found, wanted = generate(source.fork(3), **fields), generate(alone, **fields)
+        assert torch.equal(found, wanted), fields
+
+
 def test_a_fork_may_have_another_capacity(model: Any) -> None:
     prompt, more = random_ids(1, 150), random_ids(1, 30, seed=1)
     source = small_cache(model, 150, PRESET)
