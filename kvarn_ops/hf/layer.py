@@ -11,10 +11,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .._compat import is_compiling, mark_static, query_count
 from ..config import KVarNConfig
-from ..errors import CacheCropError, CacheError, UnsupportedModelError
+from ..errors import CacheError, UnsupportedModelError
 from ..hadamard import check_head_dim, hadamard
 from ..layout import PackedTiles, TileCache, allocate
 from ..ops.validate import check_new_tokens
+from .crop import check_crop
 
 __all__ = ["KVarNLayer"]
 
@@ -213,33 +214,10 @@ class KVarNLayer(CacheLayerMixin):
             )
         if count == 0 or self.tiles is None:
             return
-        lengths, config = self.tiles.seq_lens, self.config
-        if count > config.tail_tokens:
-            raise CacheCropError(
-                f"cannot remove {count} tokens: only the newest tail_tokens={config.tail_tokens} "
-                "can be removed exactly. Patch with a larger tail_tokens, or reset() the cache."
-            )
-        if count > int(lengths.min()):
-            raise CacheCropError(
-                f"cannot remove {count} tokens from a row that holds {int(lengths.min())}."
-            )
-        settled = config.num_sink_tokens + config.tail_tokens
-        if self.shared is None:
-            settled += self.frozen_tiles * config.group_size
+        lengths = self.tiles.seq_lens
         high_water = torch.maximum(self._high_water, lengths)
-        for new, high in zip((lengths - count).tolist(), high_water.tolist(), strict=True):
-            if new < settled and (self.shared is not None or self.frozen_tiles):
-                raise CacheCropError(
-                    f"cannot remove {count} tokens: this reaches tokens that a fork of the cache "
-                    "shares. Remove fewer, or fork again from a cache that was cropped before."
-                )
-            needed = config.num_tiles(new) * config.group_size  # first token of the new tail
-            held = high - config.num_sink_tokens - config.ring_len
-            if new - config.num_sink_tokens > needed and needed < held:
-                raise CacheCropError(
-                    f"cannot remove {count} tokens: together with earlier crops this reaches "
-                    "tokens that are no longer held in full precision. Use a larger tail_tokens."
-                )
+        closed = self.frozen_tiles if self.frozen_tiles or self.shared is not None else None
+        check_crop(count, lengths, high_water, self.config, closed)
         self._high_water.copy_(high_water)
         lengths.sub_(count)
         self.cumulative_length.sub_(count)
