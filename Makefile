@@ -1,4 +1,4 @@
-# make demo | test | lint | clean: each makes the virtual environment first, if it is not there.
+# make demo | bench | test | lint | clean: each makes the virtual environment first, if it is not there.
 # Without a GPU, the CPU wheels of torch are smaller: make test TORCH_INDEX=<index url of the CPU wheels>
 
 PYTHON      ?= python3
@@ -7,6 +7,8 @@ TORCH_INDEX ?=
 EXTRAS      ?= dev
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
+BENCH_ARGS  ?=
+VERSIONS_ARGS ?=
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
@@ -14,13 +16,16 @@ LINKS   := build/typecheck/kvarn_ops
 FOLDERS := kernels lowering export
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format typecheck-tree clean
+.PHONY: help install demo bench test lint format typecheck-tree versions release-check clean
 
 help:
 	@echo "make demo      dense against KVarN on the model in examples/byte_model (DEMO_ARGS=...)"
+	@echo "make bench     all CPU benchmarks, their plots and tables: 20 minutes (BENCH_ARGS=--quick)"
 	@echo "make test      all tests (PYTEST_ARGS=...)"
 	@echo "make lint      ruff and pyright"
 	@echo "make format    let ruff rewrite the sources"
+	@echo "make versions  the tests under other versions, and the README's table (VERSIONS_ARGS=...)"
+	@echo "make release-check  build dist/ and try it as a user gets it (docs/releasing.md)"
 	@echo "make clean     remove $(VENV) and everything generated"
 	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH_INDEX=<index url of the CPU wheels of torch>"
 
@@ -35,6 +40,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/kvarn-ops demo $(DEMO_ARGS)
+
+# The peers are no dependency of anything else; --no-build-isolation: hqq's setup imports torch.
+bench: $(STAMP)
+	$(BIN)/python -m pip install -c constraints.txt optimum-quanto ninja termcolor einops
+	$(BIN)/python -m pip install --no-deps --no-build-isolation hqq
+	$(BIN)/python benchmarks/run_all.py $(BENCH_ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -52,6 +63,13 @@ format: $(STAMP)
 typecheck-tree:
 	@rm -rf $(LINKS) && mkdir -p $(LINKS)
 	@ln -s $(addprefix $(CURDIR)/,$(filter-out %__pycache__,$(wildcard kvarn_ops/*)) $(FOLDERS)) $(LINKS)/
+
+# Both make environments of their own.
+versions:
+	$(PYTHON) tests/versions.py $(addprefix --torch-index ,$(TORCH_INDEX)) $(VERSIONS_ARGS)
+
+release-check:
+	PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" .ci/release-check
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
-"""Every private import of torch, in one place, with the versions it was checked on.
+"""What differs between releases of torch and transformers, and every private import of torch.
 
-Checked on torch 2.11.0 and 2.13.0 (CPU).
+Checked on torch 2.11.0, 2.12.1 and 2.13.0, transformers 4.57.6, 5.0.0 and 5.17.0 to 5.23.0.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 __all__ = [
     "auto_functionalized_v2",
     "below_autograd",
+    "cache_capacity",
     "hint_size",
     "is_compiling",
     "keeps_custom_ops",
     "mark_static",
+    "maybe_dynamic",
+    "new_slots",
+    "query_count",
     "register_functional_rule",
 ]
 
@@ -61,3 +65,34 @@ def below_autograd() -> Any:
 def mark_static(tensor: torch.Tensor) -> None:
     """Promise that a tensor keeps its address, so that compiled graphs may mutate it in place."""
     torch._dynamo.mark_static_address(tensor)
+
+
+def query_count(query: Any) -> Any:
+    """How many tokens are new, from what `get_mask_sizes` is called with.
+
+    That is their number; up to transformers 5.0 it was their slots, a tensor.
+    """
+    return query.shape[0] if isinstance(query, torch.Tensor) else query
+
+
+def new_slots(mask_kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Number and first slot of the new tokens, from what a mask function is called with.
+
+    Up to transformers 5.0 that was their slots, `cache_position` `[S]`.
+    """
+    slots = mask_kwargs.get("cache_position")
+    if slots is None:
+        return mask_kwargs["q_length"], mask_kwargs["q_offset"]
+    return slots.shape[0], slots[0]
+
+
+def maybe_dynamic(tensor: torch.Tensor, dim: int) -> None:
+    """Let compiled code accept any size of a dimension from the start, if it can."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def cache_capacity(cache: Any) -> int:
+    """Tokens per row that fit into a static cache. `Cache.get_max_length` came after 5.0."""
+    if hasattr(cache, "get_max_length"):
+        return cache.get_max_length()
+    return max(layer.get_max_cache_shape() for layer in cache.layers)

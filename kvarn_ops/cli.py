@@ -99,13 +99,19 @@ def demo(
     device: Annotated[
         str | None, typer.Option(help="Default: cuda if there is one, else cpu.")
     ] = None,
+    peers: Annotated[
+        str,
+        typer.Option(help="Quantized caches of transformers too: quanto4, quanto2, hqq4, fp8."),
+    ] = "",
 ) -> None:
     """Decode from a dense and from packed caches: memory, speed, quality and text, side by side."""
     from rich.console import Console
 
     from kvarn_ops.demo.run import Options, run_demo
 
-    options = Options(model, text, out, presets, context, tokens, batch, compile_steps, device)
+    options = Options(
+        model, text, out, presets, context, tokens, batch, compile_steps, device, peers
+    )
     run_demo(options, Console())
 
 
@@ -135,6 +141,86 @@ def verify(
     else:
         Console().print(summary(report))
     if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    directory: Annotated[
+        Path, typer.Argument(metavar="MODEL_DIR", help="In Hugging Face format; weights optional.")
+    ],
+    preset: Annotated[str, typer.Option(help="Presets, with commas.")] = "k4v2",
+    memory: Annotated[
+        float | None, typer.Option(help="GiB for weights and cache together.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Compare sizes at this context too.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of keys and values: bf16, fp16 or fp32; default: the model.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """What would be packed in a model and what that saves; exit code 1 if it would be refused."""
+    from kvarn_ops.hf import capacity, capacity_tables
+
+    found = capacity.examine(directory, preset, memory, context, batch, dtype)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(capacity_tables.summary(found))
+    if found.refusal:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        Path | None, typer.Option(help="Take heads and head_dim from this directory's config.json.")
+    ] = None,
+    heads: Annotated[str, typer.Option(help="Query heads / KV heads.")] = "16/4",
+    head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 128,
+    contexts: Annotated[str, typer.Option(help="Tokens in the cache.")] = "1024,4096,16384",
+    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    presets: Annotated[str, typer.Option(help="Presets, with commas.")] = "k4v2",
+    refcheck: Annotated[
+        bool, typer.Option("--refcheck", help="Compare every output with the reference first.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the CSV and the picture.")] = Path(
+        "bench_output"
+    ),
+    rounds: Annotated[int, typer.Option(help="Calls per contender; the median counts.")] = 15,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch on the CPU.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Default: cuda if there is one, else cpu.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Time decode attention of one layer against dense attention, on this machine.
+
+    With --refcheck the exit code is 1 if an output differs from the reference.
+    """
+    from rich.console import Console
+
+    from kvarn_ops.benchmark import command, run
+
+    options = command.Options(
+        model, heads, head_dim, contexts, batch, presets, refcheck, out, rounds, threads, device
+    )
+    rows, differences, path = command.run_bench(options, Console(stderr=True))
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        Console().print(run.table(rows))
+        typer.echo(f"Written to {path.parent}: {path.name}, {path.stem}.png")
+    for difference in differences:
+        typer.echo(f"DIFFERENT: {difference}", err=True)
+    if differences:
         raise typer.Exit(1)
 
 

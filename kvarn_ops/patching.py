@@ -13,15 +13,14 @@ from torch import nn
 from . import dispatch
 from .config import DEFAULT_PRESET, KVarNConfig
 from .errors import ConfigError, UnsupportedModelError
+from .families import TESTED_FAMILIES
+from .versions import check_versions
 
 __all__ = ["Explanation", "explain", "patch", "patched", "supported_models", "unpatch"]
 
 _logger = logging.getLogger("kvarn_ops")
 
 _Model = TypeVar("_Model", bound=nn.Module)
-
-# Families whose tests are part of this repository; others with the same structure work too.
-_TESTED_FAMILIES = ("gemma2", "gemma3_text", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
 def patch(
@@ -66,17 +65,17 @@ def patch(
         If the backend cannot run on the model's device.
     """
     wanted = KVarNConfig.coerce(config, **config_overrides)
-    target = _original(model)
+    check_versions()
     try:
         from .hf import adapter
     except ModuleNotFoundError as error:
         raise UnsupportedModelError(
-            f"{type(target).__name__} cannot be patched: {error.name} is not installed, and only "
+            f"{_name(model)} cannot be patched: {error.name} is not installed, and only "
             "Hugging Face models are supported. Install kvarn-ops[hf]."
         ) from None
-    _check_is_transformers(target)
+    target = _transformers_model(model)
     resolved = dispatch.resolve(backend, adapter.device_of(target))
-    record = getattr(target, "_kvarn_patch", None)
+    record = vars(target).get("_kvarn_patch")
     if record is not None:
         if record.config == wanted and record.backend == resolved:
             _logger.info("%s is already patched with %s.", _name(target), wanted.to_string())
@@ -86,18 +85,14 @@ def patch(
             f"{record.backend!r}: call kvarn_ops.unpatch(model) first."
         )
     try:
-        reports = adapter.inspect_model(target, wanted)  # type: ignore[arg-type]
+        reports = adapter.inspect_model(target, wanted)
     except UnsupportedModelError as error:
         if strict:
             raise
         _logger.warning("left dense: %s", error)
         return model
     _mention_compiled(model, target)
-    record = adapter.PatchRecord(wanted, resolved, reports)
-    adapter.attach(target, record)  # type: ignore[arg-type]
-    from .lowering.source_pass import acquire
-
-    acquire(record.lifetime)
+    adapter.attach(target, adapter.PatchRecord(wanted, resolved, reports, Lifetime()))
     packed = [report for report in reports if report.packed]
     _logger.info(
         "%s: %d attention layers packed (%s, backend %s, %.0f bytes per token and layer), %d stay "
@@ -113,14 +108,15 @@ def patch(
 
 
 def unpatch(model: _Model) -> _Model:
-    """Put a patched model back exactly as it was; a model that is not patched is left alone."""
-    target = _original(model)
-    if getattr(target, "_kvarn_patch", None) is None:
-        return model
-    from .hf import adapter
+    """Put a patched model back exactly as it was; a model that is not patched is left alone.
 
-    adapter.detach(target)  # type: ignore[arg-type]
-    _logger.info("%s: unpatched.", _name(target))
+    Everything patched is undone: the model itself, what it wraps, and parts patched on their own.
+    """
+    for target in _patched_parts(model):
+        from .hf import adapter
+
+        adapter.detach(target)
+        _logger.info("%s: unpatched.", _name(target))
     return model
 
 
@@ -142,8 +138,8 @@ def patched(
 
 
 def supported_models() -> tuple[str, ...]:
-    """`model_type`s of transformers that are tested with this version."""
-    return _TESTED_FAMILIES
+    """`model_type`s of transformers that pass the comparison of docs/models.md."""
+    return TESTED_FAMILIES
 
 
 @dataclass(frozen=True)
@@ -183,37 +179,79 @@ def explain(model: nn.Module) -> Explanation:
     """Say, layer by layer, what is packed and why, and what compiled graphs contained."""
     from .lowering.source_pass import seen_ops
 
-    record = getattr(_original(model), "_kvarn_patch", None)
-    counts = dict(seen_ops())
-    if record is None:
+    parts, counts = _patched_parts(model), dict(seen_ops())
+    if not parts:
         return Explanation(None, None, (), counts)
+    record = vars(parts[0])["_kvarn_patch"]
     return Explanation(record.config, record.backend, tuple(record.layers), counts)
 
 
-def _original(model: Any) -> nn.Module:
-    """The module behind `torch.compile(model)`."""
-    return getattr(model, "_orig_mod", model)
+class Lifetime:
+    """Keeps our Inductor pass installed while a patched model or a copy of it lives."""
+
+    def __init__(self) -> None:
+        from .lowering.source_pass import acquire
+
+        acquire(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lifetime:
+        return self
+
+    def __reduce__(self) -> tuple[type[Lifetime], tuple[()]]:
+        return Lifetime, ()
 
 
-def _name(model: nn.Module) -> str:
+def _transformers_model(model: Any) -> Any:
+    """The transformers model to patch: the given one, or the only one inside a wrapper.
+
+    Wrappers are compiled modules, adapters (PEFT), training modules, `nn.Sequential`, ...
+    """
+    from transformers import PreTrainedModel
+
+    found = _outermost(model, PreTrainedModel) if isinstance(model, nn.Module) else {}
+    if not found:
+        raise UnsupportedModelError(
+            f"{_name(model)} is not a Hugging Face model (transformers.PreTrainedModel) and holds "
+            "none: modules with a KV cache of their own are not supported in this version."
+        )
+    if len(found) > 1:
+        names = ", ".join(f"{path} ({_name(module)})" for path, module in found.items())
+        raise UnsupportedModelError(
+            f"{_name(model)} holds {len(found)} Hugging Face models: {names}. Patch the one that "
+            "generates, by itself."
+        )
+    return next(iter(found.values()))
+
+
+def _outermost(module: nn.Module, kind: type, path: str = "") -> dict[str, nn.Module]:
+    """Modules of a type, by path, without those inside another one of them."""
+    if isinstance(module, kind) and "_orig_mod" not in module._modules:
+        return {path: module}
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        found |= _outermost(child, kind, f"{path}.{name}" if path else name)
+    return found
+
+
+def _patched_parts(model: Any) -> list[Any]:
+    """The patched modules in a model, outermost first."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return [module for module in modules if "_kvarn_patch" in vars(module)]
+
+
+def _name(model: Any) -> str:
     return type(model).__name__
 
 
 def _mention_compiled(model: Any, target: nn.Module) -> None:
-    compiled = model is not target or getattr(target, "_compiled_call_impl", None) is not None
+    compiled = (
+        any("_orig_mod" in module._modules for module in model.modules())
+        or any(getattr(module, "_compiled_call_impl", None) for module in target.modules())
+        or hasattr(vars(target).get("forward"), "_torchdynamo_orig_callable")
+    )
     if compiled:
         _logger.warning(
             "%s was compiled before it was patched: the original module is patched, and compiled "
             "code is traced again at the next call. Patch before torch.compile to compile once.",
             _name(target),
-        )
-
-
-def _check_is_transformers(model: nn.Module) -> None:
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a Hugging Face model (transformers.PreTrainedModel): "
-            "modules with a KV cache of their own are not supported in this version."
         )

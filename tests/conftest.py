@@ -1,6 +1,7 @@
 """What every test gets: poisoned fresh memory, fixed seeds, few threads, its own compile cache.
 
-Markers `gpu` and `tensorrt` skip by themselves, with the reason, where they cannot run.
+Markers `gpu`, `tensorrt` and `transformers` skip by themselves, with the reason, where they cannot
+run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 # Before torch is imported: one Inductor cache per checkout, kept between runs (a warm cache saves
@@ -87,8 +89,18 @@ def pytest_report_header() -> list[str]:
     ]
 
 
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        for marker in item.iter_markers("transformers"):
+            needed, why = marker.args
+            found = metadata.version("transformers")
+            if _version(found) < _version(needed):
+                reason = f"transformers {found} is older than {needed}: {why}"
+                item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if item.get_closest_marker("tensorrt") and _tensorrt_unavailable():

@@ -10,7 +10,7 @@ import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from ..config import KVarNConfig
 from ..errors import BackendError, CacheError, KVarNError
-from ..hf.cache import KVarNCache, _tensors
+from ..hf.cache import KVarNCache
 from ..hf.layer import KVarNLayer
 from .data import Subject
 
@@ -28,14 +28,13 @@ __all__ = [
     "check_tiles_are_quantized",
     "compiled",
     "continuation",
-    "dense_bytes",
     "kl_divergence",
     "other_dense_speeds",
     "teacher_forced",
 ]
 
 WARMUP_STEPS = 8
-TIMED_STEPS = 128
+TIMED_STEPS = 128  # of the largest tile, and of the residual of transformers' QuantizedCache
 
 Step = Callable[..., Any]
 
@@ -158,12 +157,12 @@ def kl_divergence(dense: Tensor, other: Tensor) -> Tensor:
 def other_dense_speeds(
     subject: Subject, windows: Tensor, plan: Plan, compile_too: bool
 ) -> dict[str, float]:
-    """Median seconds per step of the dense caches that the scores do not come from, by name."""
+    """Mean seconds per step of the dense caches that the scores do not come from, by name."""
     config = subject.model.config
     span = range(plan.timed.start - WARMUP_STEPS, plan.timed.stop)
 
     def measure(step: Step, cache: Any) -> float:
-        return median(teacher_forced(subject, step, cache, windows, span)[WARMUP_STEPS:])
+        return fmean(teacher_forced(subject, step, cache, windows, span)[WARMUP_STEPS:])
 
     speeds = {"DynamicCache, eager": measure(subject.model, DynamicCache(config=config))}
     if compile_too:
@@ -171,13 +170,6 @@ def other_dense_speeds(
         speeds["StaticCache, compiled"] = measure(compiled(subject.model), cache)
         torch.compiler.reset()
     return speeds
-
-
-def dense_bytes(cache: Any) -> int:
-    """Bytes of the distinct storages of a transformers cache."""
-    tensors = _tensors([vars(layer) for layer in cache.layers])
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def check_tiles_are_quantized(cache: Any, tokens: int) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,11 +28,11 @@ from .decode import (
     check_tiles_are_quantized,
     compiled,
     continuation,
-    dense_bytes,
     kl_divergence,
     other_dense_speeds,
     teacher_forced,
 )
+from .peers import Peer, cache_bytes
 from .report import Row, Scores
 
 __all__ = ["Measured", "Setup", "continue_prompt", "decode_windows"]
@@ -48,6 +49,7 @@ class Setup:
     prompt: Window
     tokens: int  # length of the continuations
     compile: bool
+    peers: Sequence[Peer] = ()
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,22 @@ class Measured:
     def rounding_floor(self, plan: Plan) -> float:
         """Mean KL before any tile is quantized, where caches differ by rounding only."""
         before = min(plan.first_tiles.values()) - plan.prefix
-        means = [s.kl[:before].mean().item() for s in self.scores.values() if s.kl is not None]
+        presets = [self.scores[name].kl for name in plan.first_tiles]
+        means = [kl[:before].mean().item() for kl in presets if kl is not None]
         return sum(means) / len(means)
 
 
 def decode_windows(setup: Setup, scratch: Path, progress: Progress) -> Measured:
-    """Teacher-forced decode: dense once, then every preset against its logits."""
+    """Teacher-forced decode: dense once, then every preset and peer against its logits."""
     subject, plan = setup.subject, setup.plan
     span = range(plan.prefix, plan.context)
     batch = len(setup.windows)
-    names = ("dense", *setup.configs)
+    names = ("dense", *setup.configs, *(peer.name for peer in setup.peers))
     bars = {
         name: progress.add_task(f"decode, {name}", total=len(span), start=False) for name in names
     }
     hits = {name: torch.zeros(len(span), batch, dtype=torch.bool) for name in names}
-    kl = {name: torch.zeros(len(span), batch) for name in setup.configs}
+    kl = {name: torch.zeros(len(span), batch) for name in names[1:]}
 
     with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder:
         logits_of_dense = _LogitFile(Path(folder) / "logits", len(span))
@@ -96,9 +99,9 @@ def decode_windows(setup: Setup, scratch: Path, progress: Progress) -> Measured:
         progress.start_task(bars["dense"])
         cache: Any = StaticCache(config=subject.model.config, max_cache_len=plan.context)
         seconds = teacher_forced(subject, subject.model, cache, setup.windows, span, score("dense"))
-        dense_size = dense_bytes(cache)
+        dense_size = cache_bytes(cache)
         del cache
-        forms = {"StaticCache, eager": _median_step(seconds, plan)}
+        forms = {"StaticCache, eager": _mean_step(seconds, plan)}
         forms |= other_dense_speeds(subject, setup.windows, plan, setup.compile)
         element_bits = 8.0 * subject.model.dtype.itemsize
         sizes = {"dense": (dense_size, element_bits)}
@@ -108,7 +111,14 @@ def decode_windows(setup: Setup, scratch: Path, progress: Progress) -> Measured:
             if setup.compile:
                 progress.update(bars[name], description=f"compile, {name}")
             size, bits, seconds = _decode_packed(setup, name, span, score(name))
-            sizes[name], steps[name] = (size, bits), _median_step(seconds, plan)
+            sizes[name], steps[name] = (size, bits), _mean_step(seconds, plan)
+        for peer in setup.peers:
+            progress.start_task(bars[peer.name])
+            cache = peer.new_cache(subject.model.config)
+            each = score(peer.name)
+            seconds = teacher_forced(subject, subject.model, cache, setup.windows, span, each)
+            sizes[peer.name] = cache_bytes(cache), math.nan
+            steps[peer.name] = _mean_step(seconds, plan)
 
     scores = {name: Scores(kl.get(name), hits[name]) for name in names}
     rows = [
@@ -195,6 +205,7 @@ class _LogitFile:
         return self._rows[index]
 
 
-def _median_step(seconds: list[float], plan: Plan) -> float:
+def _mean_step(seconds: list[float], plan: Plan) -> float:
+    """A mean, because caches that quantize do so in one of many steps."""
     timed = plan.timed
-    return median(seconds[timed.start - plan.prefix : timed.stop - plan.prefix])
+    return fmean(seconds[timed.start - plan.prefix : timed.stop - plan.prefix])

@@ -12,8 +12,8 @@ from .report import Row, Scores
 
 __all__ = ["plot_kl_by_position", "plot_quality"]
 
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
-_MARKERS = "osD^vP"
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+_MARKERS = "osD^vPX"
 _BIN = 32  # positions per point; divides every tile
 
 
@@ -50,7 +50,7 @@ def plot_quality(path: Path, rows: list[Row], floor: float, subtitle: str) -> No
     axes.set_xlabel(
         f"bits per cached element, scales, sinks and tail included (dense: {rows[0].total_bits:g})"
     )
-    axes.set_ylabel("KL(dense ‖ KVarN), nats")
+    axes.set_ylabel("KL(dense ‖ quantized), nats")
     _finish(figure, axes, path, "Quality against cache size", subtitle)
 
 
@@ -91,7 +91,7 @@ def plot_kl_by_position(path: Path, scores: dict[str, Scores], plan: Plan, subti
         )
     axes.set_yscale("log")
     axes.set_xlabel("tokens in the cache")
-    axes.set_ylabel("KL(dense ‖ KVarN), nats")
+    axes.set_ylabel("KL(dense ‖ quantized), nats")
     title = f"Quality by position (means of {_BIN} positions)"
     _finish(figure, axes, path, title, subtitle, grid="y")
 

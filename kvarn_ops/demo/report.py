@@ -55,7 +55,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. NaN: an error that one window alone cannot have."""
+    """One line of the table. NaN: the error of one window alone, bits of a cache without tiles."""
 
     method: str
     cache_bytes: int
@@ -98,7 +98,7 @@ def results_table(rows: list[Row], unit: str) -> Table:
         table.add_row(
             row.method,
             f"{row.cache_bytes / 2**20:,.2f}",
-            f"{row.tile_bits:.2f}",
+            "-" if math.isnan(row.tile_bits) else f"{row.tile_bits:.2f}",
             f"{row.compression:.2f}×",
             f"{row.tokens_per_second:,.0f}",
             "0" if dense else with_error(1000 * row.kl, 1000 * row.kl_se),

@@ -19,6 +19,7 @@ from . import plots, report
 from .data import Subject, cut_windows, find_model, load_subject, read_documents
 from .decode import Plan
 from .measure import Measured, Setup, continue_prompt, decode_windows
+from .peers import Peer, parse_peers
 
 __all__ = ["Options", "run_demo"]
 
@@ -38,6 +39,7 @@ class Options:
     batch: int = 8
     compile: bool = True
     device: str | None = None
+    peers: str = ""
 
 
 def run_demo(options: Options, console: Console) -> list[report.Row]:
@@ -84,6 +86,7 @@ def run_demo(options: Options, console: Console) -> list[report.Row]:
 def _prepare(options: Options, progress: Progress) -> tuple[Setup, dict[str, str]]:
     """Check and load everything; the setup, and the lines that describe it."""
     configs = _parse_presets(options.presets)
+    peers = parse_peers(options.peers)
     for name in ("tokens", "batch"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)}: give at least 1.")
@@ -96,13 +99,14 @@ def _prepare(options: Options, progress: Progress) -> tuple[Setup, dict[str, str
     for preset in configs:  # a model that cannot be patched is refused before any work is done
         with kvarn_ops.patched(subject.model, preset):
             pass
+    _check_peers(peers, subject)
     plan = _plan(options, subject, configs)
     tokens = {name: subject.codec.encode(text) for name, text in documents.items()}
     windows = cut_windows(tokens, plan.context + 1, options.batch + 1)
     # One window more than is scored, so that the continued prompt is another text.
     prompt = windows.pop() if len(windows) > 1 else windows[0]
     batch = torch.stack([subject.codec.start(window.ids) for window in windows])
-    setup = Setup(subject, plan, configs, batch, prompt, options.tokens, options.compile)
+    setup = Setup(subject, plan, configs, batch, prompt, options.tokens, options.compile, peers)
     progress.advance(task)
 
     sources = ", ".join(dict.fromkeys(window.source for window in windows))
@@ -129,6 +133,14 @@ def _parse_presets(text: str) -> dict[str, KVarNConfig]:
     if not names:
         raise InputError("--presets is empty: give preset names, for example k4v2,k2v2.")
     return {name: KVarNConfig.from_preset(name) for name in names}
+
+
+def _check_peers(peers: list[Peer], subject: Subject) -> None:
+    for peer in peers:
+        try:
+            peer.new_cache(subject.model.config)
+        except ValueError as error:
+            raise InputError(f"{peer.name} cannot cache {subject.name}: {error}") from None
 
 
 def _make_folder(out: Path) -> None:
@@ -171,8 +183,8 @@ def _notes(setup: Setup, measured: Measured) -> str:
         f"KL and accuracy: decode steps with {plan.first_scored} or more cached {unit}s, all of "
         "which read quantized tiles; ± is the standard error over windows. Before the first tile, "
         f"where only rounding differs, KL is {measured.rounding_floor(plan):.1e}.\n"
-        f"tokens/s: all windows together, median step at {plan.timed.start} to {plan.timed.stop} "
-        f"cached {unit}s. Dense is the fastest of: {speeds}.\n"
+        f"tokens/s: all windows together, mean step at {plan.timed.start} to {plan.timed.stop} "
+        f"cached {unit}s, steps that quantize included. Dense is the fastest of: {speeds}.\n"
     )
 
 

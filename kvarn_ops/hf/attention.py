@@ -95,11 +95,12 @@ def _packed_attention(
             "output_attentions=True needs the full attention matrix, which a KVarN cache never "
             "forms: leave it off, or use another cache."
         )
-    if kwargs.get("position_bias") is not None or kwargs.get("sliding_window") is not None:
-        raise UnsupportedModelError(
-            "this layer adds a position bias or a sliding window to a packed layer, which is not "
-            "supported: patch with strict=False to leave the model dense."
-        )
+    for name in ("position_bias", "sliding_window", "head_mask"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(
+                f"this layer hands {name} to a packed layer, which is not supported: patch with "
+                "strict=False to leave the model dense."
+            )
     assert layer.tiles is not None
     step = torch.ops.kvarn.step_ if layer.shared is None else torch.ops.kvarn.step_shared_
     out = step(
@@ -118,12 +119,17 @@ def _packed_attention(
         layer.backend,
     )
     layer.cumulative_length.add_(key.shape[2])  # last: an error above leaves the layer as it was
-    return out.transpose(1, 2)
+    return out.transpose(1, 2).contiguous()  # as every base function; some modules `view` it
 
 
 def _new_token_validity(mask: Tensor | None, new_tokens: int) -> Tensor | None:
     if mask is None:
         return None
+    if mask.ndim == 4 and mask.shape[2] == 0:
+        raise UnsupportedModelError(
+            "this model asks for a sliding or chunked mask on a layer that is packed: patch with "
+            "strict=False to leave the model dense."
+        )
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != 1 or mask.shape[3] != new_tokens:
         raise InputError(
             f"an attention mask of shape {tuple(mask.shape)} was given with a KVarN cache: pass "
@@ -136,9 +142,10 @@ def _mask_function(base: str) -> Callable[..., Tensor | None]:
     def mask(*args: Any, **kwargs: Any) -> Any:
         if kwargs["kv_offset"] >= 0:
             return ALL_MASK_ATTENTION_FUNCTIONS[base](*args, **kwargs)
-        if kwargs.get("local_size") is not None or (
-            kwargs.get("mask_function", causal_mask_function) is not causal_mask_function
-        ):
+        if kwargs.get("local_size") is not None:
+            # Some models make this mask although no layer uses it: refused where it is used.
+            return torch.zeros(1, 1, 0, 0, dtype=torch.bool)
+        if kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
             raise UnsupportedModelError(
                 "this model asks for a mask that is not plainly causal (packed sequences, image "
                 "blocks, chunks) on a packed layer: use another cache for such inputs."

@@ -156,7 +156,8 @@ class KVarNCache(Cache):
                 stock.select_rows(layer, torch.arange(batch).repeat_interleave(copies))
         return fork
 
-    def to(self, device: torch.device | str) -> KVarNCache:
+    # Not named `to`: accelerate calls that on every argument of every hooked module.
+    def to_device(self, device: torch.device | str) -> KVarNCache:
         """Move everything to a device, in place; offloaded tiles stay in CPU memory."""
         device = torch.empty(0, device=device).device  # with its index
         rotations: dict[tuple[int, torch.device], Tensor] = {}

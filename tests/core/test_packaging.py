@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -82,14 +83,35 @@ def sources(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sources, tmp_path_factory) -> Path:
-    target = tmp_path_factory.mktemp("wheel")
+    return build_wheel(sources, tmp_path_factory.mktemp("wheel"))
+
+
+def build_wheel(folder: Path, target: Path) -> Path:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index",
-         "--quiet", "--wheel-dir", target, sources],
+         "--quiet", "--wheel-dir", target, folder],
         check=True,
     )  # fmt: skip
     (path,) = target.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def source_archive(tmp_path_factory) -> tuple[Path, set[str]]:
+    """The unpacked archive of all that git knows or would add, and the names of that."""
+    listing = ["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"]
+    done = subprocess.run(listing, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip("not a git checkout: nothing says which files belong to the project")
+    names = {name for name in done.stdout.splitlines() if (ROOT / name).is_file()}
+    tree, target = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("archive")
+    for name in names:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    code = f"import setuptools.build_meta as b; print(b.build_sdist({str(target)!r}))"
+    with tarfile.open(target / run_python(code, cwd=tree)) as archive:
+        archive.extractall(target, filter="data")
+    return target / f"kvarn_ops-{kvarn_ops.__version__}", names
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +156,22 @@ def test_wheel_holds_every_module(wheel):
         held = {name for name in archive.namelist() if name.startswith("kvarn_ops/")}
     assert expected - held == set(), "a folder is missing in [tool.setuptools] packages"
     assert {name for name in held if ".py" in name} <= expected, "stale modules"
+
+
+def test_source_archive_holds_all_that_git_knows(source_archive):
+    folder, names = source_archive
+    held = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert names - held == {".gitignore"}, "list it in MANIFEST.in"
+    added = {name for name in held - names if ".egg-info/" not in name}
+    assert added == {"PKG-INFO", "setup.cfg"}
+
+
+def test_wheel_from_the_source_archive_is_the_same(source_archive, wheel, tmp_path):
+    again = build_wheel(source_archive[0], tmp_path)
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
+        contents = [{name: a.read(name) for name in a.namelist()} for a in (one, other)]
+    assert contents[0].keys() == contents[1].keys()
+    assert [name for name in contents[0] if contents[0][name] != contents[1][name]] == []
 
 
 def test_wheel_metadata_asks_for_no_triton(wheel):

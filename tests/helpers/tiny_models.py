@@ -12,6 +12,9 @@ from torch import Tensor
 
 import kvarn_ops
 
+# Its name before transformers 5.0.
+PreTrainedConfig = getattr(transformers, "PreTrainedConfig", None) or transformers.PretrainedConfig
+
 # Small enough that tiles fill early: 8 sinks, tiles of 32 tokens.
 SMALL = {"group_size": 32, "num_sink_tokens": 8}
 PAD = 0
@@ -170,7 +173,7 @@ def storages_of(root: Any) -> dict[int, int]:
     stack = [root]
     while stack:
         item = stack.pop()
-        if id(item) in seen or isinstance(item, (type, type(gc), transformers.PreTrainedConfig)):
+        if id(item) in seen or isinstance(item, (type, type(gc), PreTrainedConfig)):
             continue
         if callable(item) and not isinstance(item, Tensor):
             continue

@@ -261,7 +261,7 @@ def test_rows_can_be_reordered_repeated_and_selected(model: Any) -> None:
         run(model, ids[rows], wanted)
         getattr(cache, name)(argument)
         close(run(model, step[rows], cache), run(model, step[rows], wanted), 1e-3)
-        assert cache.batch_size == len(rows)
+        assert {layer.batch_size for layer in cache.layers} == {len(rows)}
 
 
 def test_beam_search_keeps_rows_and_caches_together(model: Any) -> None:
@@ -280,6 +280,7 @@ def test_beam_search_keeps_rows_and_caches_together(model: Any) -> None:
 # Assisted decoding
 
 
+@pytest.mark.transformers("5.17", "caches there cannot take back a number of tokens")
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_assisted_text_is_the_greedy_text(family: str) -> None:
     model = patched(family)

@@ -1,4 +1,4 @@
-"""Where a cache lives: `to(device)` and finished tiles in CPU memory.
+"""Where a cache lives: `to_device` and finished tiles in CPU memory.
 
 Without a second device, moves go to the meta device and transfers are watched where they are made.
 """
@@ -29,7 +29,7 @@ def test_everything_moves_but_offloaded_tiles(family: str, kind: str) -> None:
     run(model, random_ids(1, 150), cache)
     cache = cache.fork(2) if kind == "fork" else cache
     sizes = cache.memory()
-    assert cache.to("meta") is cache
+    assert cache.to_device("meta") is cache
     on_cpu, moved = cache.memory(device="cpu"), cache.memory(device="meta")
     if kind != "fork":  # it leaves the memory that it shared with its source
         assert cache.memory() == sizes
@@ -106,6 +106,6 @@ def test_a_cache_goes_to_a_gpu_and_back() -> None:
         run(model, ids, one)
     more = random_ids(1, 40, seed=1)
     assert torch.equal(
-        teacher_forced(model, more, cache.to("cuda").to("cpu"), 1),
+        teacher_forced(model, more, cache.to_device("cuda").to_device("cpu"), 1),
         teacher_forced(model, more, other, 1),
     )
