@@ -16,6 +16,7 @@ __all__ = [
     "auto_functionalized_v2",
     "below_autograd",
     "cache_capacity",
+    "fused_multiply_add",
     "hint_size",
     "is_compiling",
     "keeps_custom_ops",
@@ -50,6 +51,16 @@ def hint_size(size: Any, value: int) -> None:
     override = getattr(torch._dynamo, "override_optimization_hint", None)
     if override is not None:
         override(size, value)
+
+
+def fused_multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """`a * b + c` in one instruction where Inductor has a name for it; its C++ code never contracts
+    a product and a sum by itself.
+    """
+    from torch._inductor import inductor_prims
+
+    prim = getattr(inductor_prims, "fma", None)
+    return a * b + c if prim is None else prim(a, b, c)
 
 
 def is_compiling() -> bool:

@@ -39,6 +39,7 @@ __all__ = [
     "TileCache",
     "allocate",
     "center",
+    "field_groups",
     "fields",
     "pack_codes",
     "row_bytes",
@@ -212,12 +213,15 @@ def to_field_order(x: Tensor, bits: int) -> Iterator[Tensor]:
     Element `m` of a part is the operand of the code that the field holds in byte `m`, so that the
     vector is permuted and the codes never are.
     """
+    for group in field_groups(x, bits):
+        yield from group.unbind(-2)
+
+
+def field_groups(x: Tensor, bits: int) -> list[Tensor]:
+    """`to_field_order` with the fields of the same bytes in one tensor `[..., fields, bytes]`."""
     if bits == 3:
-        yield from to_field_order(x, 2)
-        yield from x.unflatten(-1, (8, -1)).unbind(-2)
-        return
+        return [*field_groups(x, 2), x.unflatten(-1, (8, -1))]
     low_byte, high_byte = x.unflatten(-1, (2, 8 // bits, -1)).unbind(-3)  # [..., field, word]
-    for low, high in zip(low_byte.unbind(-2), high_byte.unbind(-2), strict=True):
-        # Interleaved by stack: Inductor 2.13 miscompiles the equivalent permute and flatten when
-        # there is one field per byte (8 bits) and a data-dependent number of tiles.
-        yield torch.stack([low, high], dim=-1).flatten(-2)
+    # Interleaved by stack: Inductor 2.13 miscompiles the equivalent permute and flatten when
+    # there is one field per byte (8 bits) and a data-dependent number of tiles.
+    return [torch.stack([low_byte, high_byte], dim=-1).flatten(-2)]

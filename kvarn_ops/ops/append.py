@@ -25,7 +25,9 @@ _TILES_PER_ENCODE = 4  # keeps the encoder's fp32 temporaries in cache, and smal
 
 def _append_kernel(k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any) -> None:
     *tensors, rotation, config_line = rest
-    store(TileCache(*tensors), k, v, valid, rotation, KVarNConfig.from_string(config_line))
+    cache, config = TileCache(*tensors), KVarNConfig.from_string(config_line)
+    check_new_tokens(k, v, valid, cache, config)
+    store(cache, k, v, valid, rotation, config)
 
 
 def store(
@@ -36,9 +38,13 @@ def store(
     rotation: Tensor,
     config: KVarNConfig,
 ) -> None:
-    """Eager append. Rows of equal length and padding go together, which is the common case."""
-    check_new_tokens(k, v, valid, cache, config)
+    """Eager append of checked tokens. Rows of equal length go together, the common case."""
     lengths = cache.seq_lens.tolist()
+    if valid is None and k.shape[2] == 1 and _only_tail(lengths, config):
+        check_capacity(cache, max(lengths) + 1, config)
+        _store_in_tail(cache, k, v, lengths, config)
+        cache.seq_lens.add_(1)
+        return
     if valid is not None and bool(valid.all()):
         valid = None
     if valid is None:
@@ -56,6 +62,31 @@ def store(
                 k_row, v_row = k_row[:, :, valid[row]], v_row[:, :, valid[row]]
             _store_rows(cache.rows(row, 1), k_row, v_row, length, rotation, config)
     cache.seq_lens.add_(k.shape[2] if valid is None else valid.sum(-1))
+
+
+def _only_tail(lengths: list[int], config: KVarNConfig) -> bool:
+    """Whether one more token per row changes nothing but the tail: most decode steps."""
+    sinks, lag, group = config.num_sink_tokens, config.tail_tokens, config.group_size
+    return all(
+        length >= sinks and (length + 1 - sinks - lag <= 0 or (length + 1 - sinks - lag) % group)
+        for length in lengths
+    )
+
+
+def _store_in_tail(
+    cache: TileCache, k: Tensor, v: Tensor, lengths: list[int], config: KVarNConfig
+) -> None:
+    """Write one token per row to the tail's ring."""
+    sinks, ring = config.num_sink_tokens, cache.k_tail.shape[2]
+    if min(lengths) == max(lengths):
+        slot = (lengths[0] - sinks) % ring
+        cache.k_tail.narrow(2, slot, 1).copy_(k)
+        cache.v_tail.narrow(2, slot, 1).copy_(v)
+    else:
+        rows = torch.arange(len(lengths), device=k.device)
+        slots = (cache.seq_lens - sinks).remainder(ring)
+        cache.k_tail[rows, :, slots] = k[:, :, 0]
+        cache.v_tail[rows, :, slots] = v[:, :, 0]
 
 
 def _store_rows(

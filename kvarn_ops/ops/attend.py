@@ -7,8 +7,6 @@ largest intermediate is one layer's scores, 4 bytes per token and query head.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +14,7 @@ from torch import Tensor
 from .._compat import hint_size
 from ..config import KVarNConfig
 from ..layout import PackedTiles, TileCache
+from .dense import Partial, dense_part, dense_part_traced, exponentials, softcapped, tiles_of
 from .formula import Dot, dot_matmul, dot_unrolled, materialized, tile_output, tile_scores
 
 __all__ = ["attend", "attend_decode_traced", "tiles_of"]
@@ -23,20 +22,6 @@ __all__ = ["attend", "attend_decode_traced", "tiles_of"]
 _TILES_PER_CHUNK = 16
 _QUERIES_PER_BLOCK = 256
 _TYPICAL_TILES = 64  # what Inductor assumes of the number of live tiles when it weighs fusions
-
-
-class _Partial(NamedTuple):
-    """Softmax over a part of the keys, before normalization; M = query rows of a KV head."""
-
-    peak: Tensor  # [B, H, M, 1]; -inf if nothing is visible
-    total: Tensor  # [B, H, M, 1] sum of exp(score - peak)
-    out: Tensor  # [B, H, M, D]
-
-
-def tiles_of(lengths: Tensor, config: KVarNConfig) -> Tensor:
-    """Quantized tiles of sequences of these lengths, elementwise."""
-    body = lengths - (config.num_sink_tokens + config.tail_tokens)
-    return torch.div(body, config.group_size, rounding_mode="floor").clamp_min(0)
 
 
 def attend(
@@ -152,16 +137,11 @@ def _attend_block(
     q_per_kv = num_q_heads // num_kv_heads
     rows = q.float().reshape(batch, num_kv_heads, q_per_kv * queries, head_dim) * scale
 
-    stored_visible = _dense_visible(cache, limit, config).expand(-1, queries, -1)
-    dense_visible = torch.cat([stored_visible, new_visible], dim=-1)
-    k_dense = torch.cat([cache.k_sink, cache.k_tail, k_new], dim=2).float()
-    v_dense = torch.cat([cache.v_sink, cache.v_tail, v_new], dim=2).float()
-    # A slot that no query sees may hold anything, and 0 * NaN is NaN.
-    v_dense = v_dense.masked_fill(~dense_visible.any(1)[:, None, :, None], 0.0)
-    scores = _softcapped(rows @ k_dense.mT, softcap)
-    hidden = ~dense_visible.repeat(1, q_per_kv if queries > 1 else 1, 1).unsqueeze(1)
-    peak, weights, total = _exponentials(scores.masked_fill(hidden, -torch.inf), (-1,))
-    parts = [_Partial(peak, total, weights @ v_dense)]
+    if dot is dot_unrolled:
+        dense = dense_part_traced(rows, cache, k_new, v_new, softcap, config)
+    else:
+        dense = dense_part(rows, cache, k_new, v_new, new_visible, limit, softcap, config)
+    parts = [dense]
 
     rotated = rows @ rotation if config.rotate_keys else rows
     packed = None
@@ -169,12 +149,12 @@ def _attend_block(
         tiles = cache.tiles(start, count).on(q.device)
         hidden = _tiles_hidden(cache, limit, start, count, config)
         scores = tile_scores(rotated, tiles, config, dot)  # [B, H, n, M, G]
-        scores = _softcapped(scores, softcap)
+        scores = softcapped(scores, softcap)
         if hidden.shape[2] > 1:
             hidden = hidden.repeat(1, 1, q_per_kv, 1)
         scores = scores.masked_fill(hidden.unsqueeze(1), -torch.inf)
-        peak, weights, total = _exponentials(scores, (2, 4))
-        part = _Partial(peak.squeeze(2), total.squeeze(2), tile_output(weights, tiles, config, dot))
+        peak, weights, total = exponentials(scores, (2, 4))
+        part = Partial(peak.squeeze(2), total.squeeze(2), tile_output(weights, tiles, config, dot))
         packed = part if packed is None else _merge(packed, part)
     if shared is not None:
         part = _attend_shared(rotated, shared, softcap, config, dot)
@@ -201,7 +181,7 @@ def _attend_block(
 
 def _attend_shared(
     rotated: Tensor, shared: PackedTiles, softcap: float, config: KVarNConfig, dot: Dot
-) -> _Partial:
+) -> Partial:
     """Tiles `[B0, H, N, ...]` that every query sees; row b of the batch reads row b // (B / B0).
 
     The queries of rows that share tiles are put side by side, so that a code is unpacked once for
@@ -222,10 +202,10 @@ def _attend_shared(
     for start in range(0, count, step):
         tiles = shared.tiles(start, min(step, count - start)).on(rotated.device)
         tiles = PackedTiles(*(tensor.unsqueeze(1) for tensor in tiles))
-        scores = _softcapped(tile_scores(rows, tiles, config, dot), softcap)
-        peak, weights, weight_sum = _exponentials(scores, (-3, -1))
+        scores = softcapped(tile_scores(rows, tiles, config, dot), softcap)
+        peak, weights, weight_sum = exponentials(scores, (-3, -1))
         out = tile_output(weights, tiles, config, dot)
-        part = _Partial(peak.squeeze(-3), weight_sum.squeeze(-3), out)
+        part = Partial(peak.squeeze(-3), weight_sum.squeeze(-3), out)
         total = part if total is None else _merge(total, part)
     assert total is not None
 
@@ -233,25 +213,7 @@ def _attend_shared(
         x = x.reshape(*lead, heads, together, queries, -1).transpose(2, 3)
         return x.reshape(batch, heads, queries, -1)
 
-    return _Partial(*(by_row(x) for x in total))
-
-
-def _dense_visible(cache: TileCache, limit: Tensor | None, config: KVarNConfig) -> Tensor:
-    """`[B, S or 1, sinks + ring]` bool: the slots of sinks and tail that each query sees."""
-    sinks, ring = config.num_sink_tokens, cache.k_tail.shape[2]
-    lengths = cache.seq_lens.unsqueeze(1)  # [B, 1]
-    slot = torch.arange(ring, device=lengths.device)
-    newest = lengths - sinks - 1  # position after the sinks of the newest token
-    position = slot + ring * torch.div(newest - slot, ring, rounding_mode="floor")  # [B, ring]
-    first = tiles_of(lengths, config) * config.group_size
-    sink_positions = torch.arange(sinks, device=lengths.device).expand(lengths.shape[0], -1)
-    held = torch.cat(
-        [sink_positions < lengths, (position >= first) & (position >= 0)], dim=-1
-    ).unsqueeze(1)
-    if limit is None:
-        return held
-    positions = torch.cat([sink_positions, position + sinks], dim=-1).unsqueeze(1)
-    return held & (positions < limit.unsqueeze(-1))
+    return Partial(*(by_row(x) for x in total))
 
 
 def _tiles_hidden(
@@ -273,21 +235,11 @@ def _tiles_hidden(
     return dead | (position >= limit[:, None, :, None])
 
 
-def _softcapped(scores: Tensor, softcap: float) -> Tensor:
-    return softcap * torch.tanh(scores / softcap) if softcap else scores
-
-
-def _exponentials(scores: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    peak = scores.amax(dims, keepdim=True)
-    weights = torch.exp(scores - peak.masked_fill(peak == -torch.inf, 0.0))
-    return peak, weights, weights.sum(dims, keepdim=True)
-
-
-def _merge(a: _Partial, b: _Partial) -> _Partial:
+def _merge(a: Partial, b: Partial) -> Partial:
     peak = torch.maximum(a.peak, b.peak)
     base = peak.masked_fill(peak == -torch.inf, 0.0)
     weight_a, weight_b = torch.exp(a.peak - base), torch.exp(b.peak - base)
-    return _Partial(
+    return Partial(
         peak,
         a.total * weight_a + b.total * weight_b,
         a.out * weight_a + b.out * weight_b,

@@ -1,0 +1,119 @@
+"""Attention to what a cache holds in the model's dtype: sinks, tail and the new tokens.
+
+`dense_part` is two matrix products over copies in fp32, for any number of queries. The compiled
+decode step uses `dense_part_traced`, which reads the buffers where they are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import KVarNConfig
+from ..layout import TileCache
+from .formula import materialized
+
+__all__ = ["Partial", "dense_part", "dense_part_traced", "exponentials", "softcapped", "tiles_of"]
+
+
+class Partial(NamedTuple):
+    """Softmax over a part of the keys, before normalization; M = query rows of a KV head."""
+
+    peak: Tensor  # [B, H, M, 1]; -inf if nothing is visible
+    total: Tensor  # [B, H, M, 1] sum of exp(score - peak)
+    out: Tensor  # [B, H, M, D]
+
+
+def tiles_of(lengths: Tensor, config: KVarNConfig) -> Tensor:
+    """Quantized tiles of sequences of these lengths, elementwise."""
+    body = lengths - (config.num_sink_tokens + config.tail_tokens)
+    return torch.div(body, config.group_size, rounding_mode="floor").clamp_min(0)
+
+
+def dense_part(
+    rows: Tensor,
+    cache: TileCache,
+    k_new: Tensor,
+    v_new: Tensor,
+    new_visible: Tensor,
+    limit: Tensor | None,
+    softcap: float,
+    config: KVarNConfig,
+) -> Partial:
+    """Attention to sinks, tail and new tokens by two matrix products: the eager form."""
+    queries = new_visible.shape[1]
+    stored_visible = _dense_visible(cache, limit, config).expand(-1, queries, -1)
+    visible = torch.cat([stored_visible, new_visible], dim=-1)
+    keys = torch.cat([cache.k_sink, cache.k_tail, k_new], dim=2).float()
+    values = torch.cat([cache.v_sink, cache.v_tail, v_new], dim=2).float()
+    # A slot that no query sees may hold anything, and 0 * NaN is NaN.
+    values = values.masked_fill(~visible.any(1)[:, None, :, None], 0.0)
+    scores = softcapped(rows @ keys.mT, softcap)
+    hidden = ~visible.repeat(1, rows.shape[2] // queries if queries > 1 else 1, 1).unsqueeze(1)
+    peak, weights, total = exponentials(scores.masked_fill(hidden, -torch.inf), (-1,))
+    return Partial(peak, total, weights @ values)
+
+
+def dense_part_traced(
+    rows: Tensor,
+    cache: TileCache,
+    k_new: Tensor,
+    v_new: Tensor,
+    softcap: float,
+    config: KVarNConfig,
+) -> Partial:
+    """`dense_part` for one new token per row, without copies of the keys and values."""
+    sinks = config.num_sink_tokens
+    visible = materialized(_dense_visible(cache, None, config))  # [B, 1, sinks + ring]
+    stored = [(cache.k_tail, cache.v_tail, visible[:, :, sinks:])]
+    if sinks:
+        stored.append((cache.k_sink, cache.v_sink, visible[:, :, :sinks]))
+    own = softcapped((rows * k_new.float()).sum(-1, keepdim=True), softcap)  # [B, H, M, 1]
+    scores, peak = [], own
+    for keys, _, seen in stored:
+        score = (rows.unsqueeze(3) * keys.float().unsqueeze(2)).sum(-1)  # [B, H, M, T]
+        score = softcapped(score, softcap).masked_fill(~seen.unsqueeze(1), -torch.inf)
+        scores.append(score)
+        peak = torch.maximum(peak, score.amax(-1, keepdim=True))
+    base = peak.masked_fill(peak == -torch.inf, 0.0)
+    total = torch.exp(own - base)
+    out = total * v_new.float()
+    for score, (_, values, seen) in zip(scores, stored, strict=True):
+        weights = materialized(torch.exp(score - base))
+        # A slot that is not seen may hold anything, and 0 * NaN is NaN.
+        values = values.float().masked_fill(~seen.unsqueeze(-1), 0.0)
+        out = out + (weights.unsqueeze(-1) * values.unsqueeze(2)).sum(3)
+        total = total + weights.sum(-1, keepdim=True)
+    return Partial(peak, total, out)
+
+
+def _dense_visible(cache: TileCache, limit: Tensor | None, config: KVarNConfig) -> Tensor:
+    """`[B, S or 1, sinks + ring]` bool: the slots of sinks and tail that each query sees."""
+    sinks, ring = config.num_sink_tokens, cache.k_tail.shape[2]
+    lengths = cache.seq_lens.unsqueeze(1)  # [B, 1]
+    slot = torch.arange(ring, device=lengths.device)
+    newest = lengths - sinks - 1  # position after the sinks of the newest token
+    position = slot + ring * torch.div(newest - slot, ring, rounding_mode="floor")  # [B, ring]
+    first = tiles_of(lengths, config) * config.group_size
+    sink_positions = torch.arange(sinks, device=lengths.device).expand(lengths.shape[0], -1)
+    held = torch.cat(
+        [sink_positions < lengths, (position >= first) & (position >= 0)], dim=-1
+    ).unsqueeze(1)
+    if limit is None:
+        return held
+    positions = torch.cat([sink_positions, position + sinks], dim=-1).unsqueeze(1)
+    return held & (positions < limit.unsqueeze(-1))
+
+
+def softcapped(scores: Tensor, softcap: float) -> Tensor:
+    """`softcap * tanh(scores / softcap)`; 0 means none."""
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def exponentials(scores: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Peak of the scores over `dims`, `exp(scores - peak)`, and its sum; -inf scores weigh 0."""
+    peak = scores.amax(dims, keepdim=True)
+    weights = torch.exp(scores - peak.masked_fill(peak == -torch.inf, 0.0))
+    return peak, weights, weights.sum(dims, keepdim=True)
