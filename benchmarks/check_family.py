@@ -10,6 +10,7 @@ import torch
 from tiny_families import VOCAB, WINDOW, build
 from torch import Tensor
 from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 import kvarn_ops
 from kvarn_ops.errors import KVarNError, UnsupportedModelError
@@ -139,7 +140,8 @@ def _remark(family: str) -> str:
     config = CONFIG_MAPPING[family.split(",")[0]]()
     if getattr(config, "is_encoder_decoder", False):
         return "its decoder alone"
-    return "with is_decoder=True" if getattr(config, "is_decoder", True) is False else ""
+    encoder = family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and hasattr(config, "is_decoder")
+    return "with is_decoder=True" if encoder else ""
 
 
 def _kinds(layers: tuple[Any, ...]) -> str:

@@ -104,7 +104,7 @@ def _by_sentence(rows: list[Row]) -> str:
     groups: dict[str, list[str]] = {}
     for row in rows:
         sentence = re.sub(rf"\b{re.escape(row['class'])}\b", "*Model*", row["note"])
-        sentence = re.sub(r" \(\w+, layer \d+\)|\(layer \d+, (\w+)\)", "", sentence)
+        sentence = re.sub(r" \(\w+, layer \d+\)| \(layer \d+, \w+\)", "", sentence)
         sentence = re.sub(r"layer \d+", "layer *n*", sentence)
         groups.setdefault(_escaped(sentence), []).append(row["family"])
     ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[1]))
