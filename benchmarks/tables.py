@@ -1,7 +1,7 @@
-"""Write the tables of docs/benchmarks.md from the CSV files; nothing is measured.
+"""Write the tables of docs/benchmarks.md and README.md from the CSV files; nothing is measured.
 
     python benchmarks/tables.py           rewrite what stands between the markers
-    python benchmarks/tables.py --check   exit code 1 if the page does not say what the CSV says
+    python benchmarks/tables.py --check   exit code 1 if a page does not say what the CSV says
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
@@ -17,7 +17,7 @@ from kvarn_ops.benchmark.results import measured
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-PAGE = HERE.parent / "docs" / "benchmarks.md"
+PAGES = [HERE.parent / "docs" / "benchmarks.md", HERE.parent / "README.md"]
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Rows = list[dict[str, str]]
 
@@ -26,15 +26,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--page", type=Path, action="append", help="default: both pages")
     args = parser.parse_args()
-    old = args.page.read_text(encoding="utf-8")
-    new = filled_in(old, args.results)
-    if args.check and new != old:
-        print(f"{args.page} differs from {args.results}: run python benchmarks/tables.py")
+    differing = []
+    for page in args.page or PAGES:
+        old = page.read_text(encoding="utf-8")
+        new = filled_in(old, args.results)
+        if new != old:
+            differing.append(str(page))
+            if not args.check:
+                page.write_text(new, encoding="utf-8")
+    if args.check and differing:
+        print(f"{', '.join(differing)}: not what {args.results} says, run benchmarks/tables.py")
         raise SystemExit(1)
-    if new != old:
-        args.page.write_text(new, encoding="utf-8")
 
 
 def filled_in(page: str, results: Path) -> str:
@@ -101,6 +105,11 @@ def decode_attention(rows: Rows) -> str:
     return markdown(head, [[*key, *(by.get(n, "") for n in contexts)] for key, by in cells.items()])
 
 
+def decode_attention_default(rows: Rows) -> str:
+    """The same for the default preset alone."""
+    return decode_attention([row for row in rows if row["preset"] == "k4v2"])
+
+
 def decode_attention_times(rows: Rows) -> str:
     lines = [
         [
@@ -142,6 +151,22 @@ def model_decode(rows: Rows) -> str:
     head = ["context", "cache", "tokens/s", "median step, ms", "quantizing step, ms", "MiB",
             "times smaller", "bytes as promised", "fill, ms"]  # fmt: skip
     return markdown(head, lines)
+
+
+def model_decode_long(rows: Rows) -> str:
+    """The longest context, without the columns that need an explanation."""
+    longest = max(int(row["context"]) for row in rows)
+    lines = [
+        [
+            row["cache"],
+            f"{float(row['tokens_per_s']):.1f}",
+            f"{int(row['bytes']) / 2**20:.1f}",
+            f"{float(row['times_smaller']):.2f}",
+        ]
+        for row in rows
+        if int(row["context"]) == longest
+    ]
+    return markdown(["cache", "tokens/s", "MiB", "times smaller"], lines)
 
 
 def encode(rows: Rows) -> str:
@@ -213,10 +238,12 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     ),
     "decode-attention-conditions": ((ATTENTION,), conditions),
     "decode-attention": ((ATTENTION,), decode_attention),
+    "decode-attention-default": ((ATTENTION,), decode_attention_default),
     "decode-attention-times": ((ATTENTION,), decode_attention_times),
     "model-decode-picture": ((MODEL,), picture("model_decode", "speed and size of caches")),
     "model-decode-conditions": ((MODEL,), conditions),
     "model-decode": ((MODEL,), model_decode),
+    "model-decode-long": ((MODEL,), model_decode_long),
     "encode-picture": ((ENCODE,), picture("encode", "share of encoding")),
     "encode-conditions": ((ENCODE,), conditions),
     "encode": ((ENCODE,), encode),

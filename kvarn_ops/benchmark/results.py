@@ -36,8 +36,13 @@ def conditions(device: torch.device, threads: int) -> dict[str, str]:
         "kvarn_ops": values["kvarn_ops"],
         "load": f"{_load():.2f}",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
-        "command": shlex.join([program, *sys.argv[1:]]),
+        "command": shlex.join([program, *(_without_folder(word) for word in sys.argv[1:])]),
     }
+
+
+def _without_folder(word: str) -> str:
+    """Where a file was written on this machine is nobody's business."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def _load() -> float:
