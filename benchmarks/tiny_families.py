@@ -120,6 +120,12 @@ _ALWAYS = {
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
 _HALF_MROPE = _MROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
 _HYBRID = ["linear_attention", "full_attention"] * 2
+# Small enough to bite. In eager form: sdpa of some versions leaves the softcap out.
+_SOFTCAP = {
+    "attn_logit_softcapping": 1.0,
+    "query_pre_attn_scalar": HEAD_DIM,
+    "attn_implementation": "eager",
+}
 _SCALE = {"attention_multiplier": HEAD_DIM**-0.5}  # 1.0, the default, is used by no checkpoint
 
 # Fields of a config by its `model_type`.
@@ -127,7 +133,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "dbrx": {"attn_config": {"kv_n_heads": KV_HEADS, "clip_qkv": 8.0, "rope_theta": 1e4}},
     "dots3_note_text": {"num_key_value_heads": HEADS},
-    "gemma2": {"attn_logit_softcapping": 1.0, "query_pre_attn_scalar": HEAD_DIM},  # bites
+    "gemma2": _SOFTCAP,
     "glm46v_text": {"rope_parameters": _HALF_MROPE},
     "glm4v_text": {"rope_parameters": _HALF_MROPE},
     "glm4v_moe_text": {"rope_parameters": _HALF_MROPE},
