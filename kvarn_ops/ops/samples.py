@@ -125,6 +125,6 @@ def _samples(
         elif "shared" not in op_name:
             yield (q, k, v, valid, *cache, *options), {}
         elif min(lengths) >= config.num_sink_tokens:
-            for sources in (1, _ROWS):
-                donor, _ = filled_cache(config, [200] * sources, device, seed=sources)
-                yield (q, k, v, valid, *donor.tiles(0, 3), *cache, *options), {}
+            sources = _ROWS if masked else 1
+            donor, _ = filled_cache(config, [200] * sources, device, seed=1)
+            yield (q, k, v, valid, *donor.tiles(0, 3), *cache, *options), {}
