@@ -18,7 +18,10 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-# Before torch is imported: one Inductor cache per checkout, kept between runs (a warm cache saves
+# Both before torch is imported. OpenMP threads that wait sleep: by default they spin, and two test
+# runs on two cores then take ten times as long as one.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# One Inductor cache per checkout, kept between runs (a warm cache saves
 # minutes) and away from the user's own. Tests that need a cold or a shared one set their own.
 _ROOT = Path(__file__).resolve().parents[1]
 _USER = getattr(os, "getuid", int)()  # by number: a container may have no name for it
