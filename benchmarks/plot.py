@@ -10,6 +10,8 @@ from pathlib import Path
 
 from kvarn_ops.benchmark.plots import COLORS, new_figure, plot_decode_attention, save
 from kvarn_ops.benchmark.results import measured
+from kvarn_ops.demo.plots import plot_quality
+from kvarn_ops.demo.report import Row
 
 HERE = Path(__file__).resolve().parent
 Rows = list[dict[str, str]]
@@ -84,7 +86,19 @@ def encode(path: Path, rows: Rows) -> None:
     save(figure, panels, path, "What quantizing costs: lower is better", rows[-1])
 
 
-PLOTS = {"decode_attention": attention, "model_decode": model_decode, "encode": encode}
+def demo_peers(path: Path, rows: Rows) -> None:
+    """KL against bits, with the peers in it."""
+    numbers = [{k: float(v) for k, v in row.items() if k != "method" and v} for row in rows]
+    table = [Row(row["method"], **found) for row, found in zip(rows, numbers, strict=True)]  # type: ignore[arg-type]
+    plot_quality(path, table, None, "byte model of 3.8 M parameters, 8 windows of 2048 bytes")
+
+
+PLOTS = {
+    "decode_attention": attention,
+    "model_decode": model_decode,
+    "encode": encode,
+    "demo_peers": demo_peers,
+}
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ _MARKERS = "osD^vPX"
 _BIN = 32  # positions per point; divides every tile
 
 
-def plot_quality(path: Path, rows: list[Row], floor: float, subtitle: str) -> None:
+def plot_quality(path: Path, rows: list[Row], floor: float | None, subtitle: str) -> None:
     """KL to dense against all bits of the cache per element.
 
-    `floor` is the KL that rounding causes without quantization.
+    `floor` is the KL that rounding causes without quantization, if it is known.
     """
     figure, axes = _figure()
     for index, row in enumerate(rows[1:]):
@@ -42,9 +42,14 @@ def plot_quality(path: Path, rows: list[Row], floor: float, subtitle: str) -> No
             textcoords="offset points",
             color=_color(index),
         )
-    axes.axhline(
-        floor, color="0.45", linestyle=":", linewidth=1.2, label="rounding only: no tile quantized"
-    )
+    if floor is not None:
+        axes.axhline(
+            floor,
+            color="0.45",
+            linestyle=":",
+            linewidth=1.2,
+            label="rounding only: no tile quantized",
+        )
     axes.set_yscale("log")
     axes.margins(x=0.25, y=0.2)
     axes.set_xlabel(

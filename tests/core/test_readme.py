@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,17 @@ def test_table_of_presets(readme: str) -> None:
         assert config.bytes_per_token(128, 1) == int(size)
         computed = [config.compression_ratio(128, length) for length in (2048, 8192, 32768)]
         assert [float(ratio) for ratio in ratios] == [round(value, 1) for value in computed]
+
+
+def test_counts_of_models_are_those_of_the_sweep(readme: str, repo_root: Path) -> None:
+    with (repo_root / "benchmarks" / "results" / "model_families.csv").open() as file:
+        counts = Counter(row["outcome"] for row in csv.DictReader(file))
+    assert set(counts) == {"works", "dense by design", "refused", "not built"}
+    text = " ".join(readme.split())
+    assert (
+        f"{counts['works']} work, {counts['dense by design']} have nothing to pack, "
+        f"{counts['refused']} are refused with a sentence, {counts['not built']} could not be"
+    ) in text
 
 
 def test_links_lead_to_files(repo_root: Path) -> None:
