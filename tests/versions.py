@@ -74,8 +74,6 @@ COMBINATIONS = (
     Combination("3.11", "2.13.0", "4.57.6"),
     Combination("3.11", "2.13.0", "5.0.0"),
     Combination("3.11", "2.13.0", "5.18.0"),
-    Combination("3.11", "2.13.0", "5.19.0"),
-    Combination("3.11", "2.13.0", "5.21.1"),
     Combination("3.11", "2.13.0", "5.22.2"),
 )
 
