@@ -99,16 +99,16 @@ class KVarNCache(Cache):
         for layer in self.layers:
             if isinstance(layer, KVarNLayer):
                 layer.batch_repeat_interleave(repeats)
-            elif (batch := stock.batch_size(layer)) is not None:
-                stock.select_rows(layer, torch.arange(batch).repeat_interleave(repeats))
+            else:
+                stock.repeat_rows(layer, repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` (int64, or bool over all rows); the cache gets new memory."""
         for layer in self.layers:
             if isinstance(layer, KVarNLayer):
                 layer.batch_select_indices(indices)
-            elif (batch := stock.batch_size(layer)) is not None:
-                stock.select_rows(layer, torch.arange(batch)[indices.cpu()])
+            else:
+                stock.select_rows(layer, indices)
 
     def fork(self, copies: int = 1, *, max_cache_len: int | None = None) -> KVarNCache:
         """A cache that goes on from here and stores what is common once.
@@ -133,9 +133,8 @@ class KVarNCache(Cache):
         """
         if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
             raise InputError(f"copies={copies!r}: give a number of rows of at least 1.")
-        packed = next(layer for layer in self.layers if isinstance(layer, KVarNLayer))
-        slots, used = packed.max_cache_len, int(packed.cumulative_length)
         if max_cache_len is not None:
+            used = int(self.get_seq_length())
             if max_cache_len < used:
                 raise CacheError(
                     f"max_cache_len={max_cache_len} does not hold the {used} tokens per row that "
@@ -145,15 +144,13 @@ class KVarNCache(Cache):
             for layer, new in zip(self.layers, fresh, strict=True):
                 if not isinstance(layer, KVarNLayer):
                     stock.check_same_capacity(new, getattr(layer, "max_cache_len", None))
-            slots = max_cache_len
         fork = copy.copy(self)
         fork.layers = [
-            forked(layer, copies, slots) if isinstance(layer, KVarNLayer) else stock.copied(layer)
+            forked(layer, copies, max_cache_len or layer.max_cache_len)
+            if isinstance(layer, KVarNLayer)
+            else stock.copied(layer, copies)
             for layer in self.layers
         ]
-        for layer in fork.layers if copies > 1 else ():
-            if not isinstance(layer, KVarNLayer) and (batch := stock.batch_size(layer)) is not None:
-                stock.select_rows(layer, torch.arange(batch).repeat_interleave(copies))
         return fork
 
     # Not named `to`: accelerate calls that on every argument of every hooked module.

@@ -23,11 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .._compat import cache_capacity
 from ..config import KVarNConfig
 from ..errors import CacheError
 from ..layout import PackedTiles, TileCache, allocate
 from . import stock
-from .fork import merged
+from .fork import copy_live, merged
 from .layer import KVarNLayer
 
 if TYPE_CHECKING:
@@ -70,12 +71,12 @@ def save(cache: KVarNCache, path: str | Path) -> None:
         tiles, high_water = merged(layer)
         for name, tensor in (tiles._asdict() | {"high_water": high_water}).items():
             tensors[f"{prefix}.{name}"] = tensor.contiguous()
-        slots = int(layer.cumulative_length)
-        layers.append({"class": "KVarNLayer", "slots": slots, "capacity": layer.max_cache_len})
+        layers.append({"class": "KVarNLayer", "slots": int(layer.cumulative_length)})
     header = {
         "version": FORMAT_VERSION,
         "config": cache.kvarn_config.to_string(),
         "model": _model_fields(cache.model_config),
+        "capacity": cache_capacity(cache),
         "layers": layers,
     }
     _write(tensors, {_HEADER: json.dumps(header)}, path)
@@ -103,9 +104,8 @@ def load(
             "leave config out, or fill a new cache."
         )
     _check_model(header["model"], _model_fields(model_config), path)
-    packed = [entry for entry in header["layers"] if entry["class"] == "KVarNLayer"]
-    used = max(entry["slots"] for entry in packed)
-    capacity = packed[0]["capacity"] if max_cache_len is None else max_cache_len
+    used = max((entry.get("slots", 0) for entry in header["layers"]), default=0)
+    capacity = header["capacity"] if max_cache_len is None else max_cache_len
     if capacity < used:
         raise CacheError(
             f"{path.name} holds {used} tokens per row, max_cache_len={capacity} is too small: "
@@ -159,14 +159,9 @@ def _fill(
                 f"instead of {model.dtype} {shape}."
             )
     own = layer.allocated(batch, heads, head_dim, kind, device)
-    own = own._replace(seq_lens=lengths.to(device))
-    for target, source in zip(own.tiles(0, live), tiles.packed, strict=True):
-        target.copy_(source)
-    for name in ("k_sink", "v_sink", "k_tail", "v_tail"):
-        getattr(own, name).copy_(getattr(tiles, name))
+    copy_live(tiles, own, layer.config)
     layer.cumulative_length.fill_(slots)
-    layer.adopt(own)
-    layer._high_water = high_water.to(device)
+    layer.adopt(own, high_water=high_water.to(device))
 
 
 def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
@@ -198,7 +193,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if _HEADER not in metadata:
                 raise CacheError(f"{path.name} is no cache: KVarNCache.save did not write it.")
             header = json.loads(metadata[_HEADER])
-            if not {"version", "config", "model", "layers"} <= header.keys():
+            if not {"version", "config", "model", "capacity", "layers"} <= header.keys():
                 raise CacheError(f"{path.name} is damaged: its header is incomplete.")
             if (version := header["version"]) > FORMAT_VERSION:
                 raise CacheError(

@@ -14,10 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..config import KVarNConfig
 from ..layout import PackedTiles, TileCache
 from .layer import KVarNLayer
 
-__all__ = ["forked", "merged"]
+__all__ = ["copy_live", "forked", "merged"]
 
 
 def forked(layer: KVarNLayer, copies: int, max_cache_len: int) -> KVarNLayer:
@@ -41,17 +42,18 @@ def forked(layer: KVarNLayer, copies: int, max_cache_len: int) -> KVarNLayer:
     batch, heads, _, head_dim = old.k_tail.shape
     slots = max_cache_len - (settled + taken) * config.group_size
     new = fork.allocated(batch * copies, heads, head_dim, layer.dtype, layer.device, slots)
-    _copy_from(old, new, settled, copies, layer)
-    fork.adopt(new, shared)
-    fork._high_water = layer._high_water.repeat_interleave(copies) - settled * config.group_size
+    copy_live(old, new, config, settled, copies)
+    high_water = layer._high_water.repeat_interleave(copies) - settled * config.group_size
+    fork.adopt(new, shared, high_water)
     return fork
 
 
-def _copy_from(
-    old: TileCache, new: TileCache, skipped: int, copies: int, layer: KVarNLayer
+def copy_live(
+    old: TileCache, new: TileCache, config: KVarNConfig, skipped: int = 0, copies: int = 1
 ) -> None:
-    """Copy what is live, without the first `skipped` tiles."""
-    config = layer.config
+    """Copy what is live to larger or other storage: `copies` rows for each, side by side, without
+    the first `skipped` tiles.
+    """
     live = config.num_tiles(int(old.seq_lens.max())) - skipped
     for source, target in zip(old.tiles(skipped, live), new.tiles(0, live), strict=True):
         target.copy_(source.repeat_interleave(copies, dim=0))

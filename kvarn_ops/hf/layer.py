@@ -116,8 +116,16 @@ class KVarNLayer(CacheLayerMixin):
         shape = (batch, heads, head_dim, slots)
         return allocate(self.config, *shape, dtype, device, self.offload_tiles)
 
-    def adopt(self, tiles: TileCache, shared: PackedTiles | None = None) -> None:
-        """Make storage the layer's own, whatever it held before."""
+    def adopt(
+        self,
+        tiles: TileCache,
+        shared: PackedTiles | None = None,
+        high_water: Tensor | None = None,
+    ) -> None:
+        """Make storage the layer's own, whatever it held before.
+
+        `high_water` `[B]` int64 is the most tokens that each row held (None: 0), for `crop`.
+        """
         head_dim, device = tiles.k_tail.shape[-1], tiles.k_tail.device
         self.tiles, self.shared, self.frozen_tiles = tiles, shared, 0
         self.dtype, self.device, self.batch_size = tiles.k_tail.dtype, device, len(tiles.seq_lens)
@@ -128,7 +136,7 @@ class KVarNLayer(CacheLayerMixin):
             self._rotations[width, device] = matrix
         self.rotation = self._rotations[width, device]
         self.cumulative_length = self.cumulative_length.to(device)
-        self._high_water = torch.zeros_like(tiles.seq_lens)
+        self._high_water = torch.zeros_like(tiles.seq_lens) if high_water is None else high_water
         if not is_compiling():
             for tensor in (*tiles, *(shared or ()), self.cumulative_length, self.rotation):
                 mark_static(tensor)
@@ -259,8 +267,7 @@ class KVarNLayer(CacheLayerMixin):
             regular = regular.repeat_interleave(-(-len(rows) // sources))
             if not torch.equal(origin, regular):
                 shared = PackedTiles(*_take_rows(shared, origin))
-        self.adopt(TileCache(*_take_rows(self.tiles, rows)), shared)
-        self._high_water = high_water
+        self.adopt(TileCache(*_take_rows(self.tiles, rows)), shared, high_water)
 
     def offload(self) -> None:
         """Not offered: transformers would move whole layers to and fro in every step."""
@@ -286,8 +293,7 @@ class KVarNLayer(CacheLayerMixin):
         shared, frozen, high_water = self.shared, self.frozen_tiles, self._high_water.to(device)
         if shared is not None and not self.offload_tiles:
             shared = PackedTiles(*(tensor.to(device) for tensor in shared))
-        self.adopt(TileCache(**moved), shared)
-        self._high_water = high_water
+        self.adopt(TileCache(**moved), shared, high_water)
         self.frozen_tiles = frozen if self.offload_tiles else 0
 
 

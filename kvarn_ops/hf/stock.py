@@ -21,6 +21,7 @@ __all__ = [
     "batch_size",
     "check_same_capacity",
     "copied",
+    "repeat_rows",
     "select_rows",
     "tensors_of",
     "to_device",
@@ -30,9 +31,11 @@ __all__ = [
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """All tensors in nested containers."""
+    """All tensors in nested containers; of a tensor that is made of tensors, its parts."""
     if isinstance(value, Tensor):
-        return [value]
+        if not hasattr(value, "__tensor_flatten__"):
+            return [value]
+        value = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
@@ -51,16 +54,28 @@ def batch_size(layer: Any) -> int | None:
     return rows.pop() if rows else None
 
 
-def copied(layer: Any) -> Any:
-    """A copy that shares no memory."""
+def copied(layer: Any, copies: int = 1) -> Any:
+    """A copy that shares no memory, with `copies` rows for each, side by side."""
     twin = copy.copy(layer)
     _replace_tensors(twin, Tensor.clone)
+    if copies > 1:
+        repeat_rows(twin, copies)
     return twin
 
 
-def select_rows(layer: Any, rows: Tensor) -> None:
-    """Keep batch rows `rows` `[n]`, in that order; the layer gets new memory."""
+def repeat_rows(layer: Any, repeats: int) -> None:
+    """Repeat every batch row, side by side; the layer gets new memory."""
+    if (rows := batch_size(layer)) is not None:
+        _take_rows(layer, torch.arange(rows).repeat_interleave(repeats))
 
+
+def select_rows(layer: Any, indices: Tensor) -> None:
+    """Keep the batch rows `indices` (int64, or bool over all); the layer gets new memory."""
+    if (rows := batch_size(layer)) is not None:
+        _take_rows(layer, torch.arange(rows)[indices.cpu()])
+
+
+def _take_rows(layer: Any, rows: Tensor) -> None:
     def take(tensor: Tensor) -> Tensor:
         return tensor.index_select(0, rows.to(tensor.device)) if tensor.ndim else tensor
 

@@ -69,6 +69,16 @@ def test_a_fork_is_saved_whole(model: Any, tmp_path: Path) -> None:
     assert_same_state(cache_state(loaded), cache_state(cache))
 
 
+def test_a_cache_without_packed_layers_is_forked_and_saved_too(tmp_path: Path) -> None:
+    model = kvarn_ops.patch(tiny_model("mistral_sliding"), PRESET, num_sink_tokens=8)
+    cache = filled(model)
+    wanted = next_logits(model, cache.fork())
+    cache.save(tmp_path / "cache")
+    assert torch.equal(
+        next_logits(model, KVarNCache.load(tmp_path / "cache", model.config)), wanted
+    )
+
+
 def test_capacity_may_change_and_only_live_tokens_are_stored(model: Any, tmp_path: Path) -> None:
     small, large = filled(model, length=151), filled(model, length=4000)
     small.save(tmp_path / "small")
