@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, InputError
 
-__all__ = ["DEFAULT_PRESET", "KVarNConfig"]
+__all__ = ["DEFAULT_PRESET", "KVarNConfig", "parse_presets"]
 
 DEFAULT_PRESET = "k4v2_g128"
 BITS = (2, 3, 4, 8)
@@ -223,3 +223,11 @@ def _parse(text: str) -> KVarNConfig:
         scale_dtype=match["scale"],
         check_finite=match["finite"] is not None,
     )
+
+
+def parse_presets(text: str, option: str) -> dict[str, KVarNConfig]:
+    """Configs by preset name, from what a command-line option was given: names with commas."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise InputError(f"{option} is empty: give preset names, for example k4v2,k2v2.")
+    return {name: KVarNConfig.from_preset(name) for name in names}

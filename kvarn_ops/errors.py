@@ -10,6 +10,7 @@ __all__ = [
     "InputError",
     "KVarNError",
     "UnsupportedModelError",
+    "reason",
 ]
 
 
@@ -39,3 +40,9 @@ class CacheCropError(CacheError):
 
 class BackendError(KVarNError, RuntimeError):
     """The named backend cannot run here."""
+
+
+def reason(error: BaseException, lines: int = 1) -> str:
+    """What an error of another package says, in the first `lines` lines that are not empty."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(said[:lines]) or type(error).__name__

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import dispatch
 from .config import KVarNConfig
-from .errors import BackendError
+from .errors import BackendError, reason
 from .layout import CODE_FIELDS, SCALE_FIELDS, TileCache, unpack_codes
 from .ops.samples import filled_cache
 
@@ -134,8 +134,7 @@ def run_checks(backend: str, device: str | None, compile_too: bool, console: Con
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BackendError(f"device {device!r} cannot be used: {reason}") from None
+        raise BackendError(f"device {device!r} cannot be used: {reason(error)}") from None
     resolved = dispatch.resolve(backend, device)
     plan = [(config, dim, case, False) for config, dim, case in
             itertools.product(_CONFIGS, _HEAD_DIMS, _CASES)]  # fmt: skip
@@ -160,8 +159,7 @@ def _check(
         output, codes, problem = _compare(config, head_dim, case, compiled, backend, device)
     except Exception as error:  # whatever a backend raises is a finding, and the others go on
         output = codes = float("nan")
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        problem = f"{type(error).__name__}: {' '.join(lines[:3])}"
+        problem = f"{type(error).__name__}: {reason(error, lines=3)}"
     return Check(
         config.preset, config.encoder, head_dim, case.name, output, codes, not problem, problem
     )

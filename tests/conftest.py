@@ -153,3 +153,12 @@ def unpoisoned() -> Iterator[None]:
 def repo_root() -> Path:
     """The root of the checkout."""
     return _ROOT
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiles are small: a second thread only waits, and badly on a machine with other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

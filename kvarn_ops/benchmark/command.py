@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..config import DEFAULT_PRESET, KVarNConfig, parse_presets
 from ..errors import InputError
 from .decode_step import Shape
 from .plots import plot_decode_attention
@@ -51,7 +52,7 @@ def run_bench(
     shape = _shape(options)
     cases = [
         Case(preset, shape, context)
-        for preset in _names(options.presets)
+        for preset in parse_presets(options.presets, "--presets")
         for context in _numbers(options.contexts)
     ]
     results = ResultFile(options.out / "decode_attention.csv", KEYS)
@@ -71,7 +72,6 @@ def run_bench(
 def _shape(options: Options) -> Shape:
     if options.model is None:
         return Shape.parse(options.batch, options.heads, options.head_dim)
-    from ..config import DEFAULT_PRESET, KVarNConfig
     from ..hf.footprint import layer_shapes
     from ..hf.inspection import inspect_model
     from ..hf.model_dir import open_model_dir
@@ -84,13 +84,6 @@ def _shape(options: Options) -> Shape:
     q_heads = model.config.get_text_config(decoder=True).num_attention_heads
     layer = layer_shapes(model)[packed[0]]
     return Shape.parse(options.batch, f"{q_heads}/{layer.num_kv_heads}", layer.head_dim)
-
-
-def _names(text: str) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise InputError("--presets is empty: give preset names, for example k4v2,k2v2.")
-    return names
 
 
 def _numbers(text: str) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import KVarNConfig
-from ..errors import BackendError, InputError, KVarNError
+from ..errors import BackendError, InputError, KVarNError, reason
 from ..hadamard import check_head_dim
 from .decode_step import (
     CONTENDERS,
@@ -68,8 +68,7 @@ def check_device(name: str | None) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"device {device!r} cannot be used: {reason}") from None
+        raise InputError(f"device {device!r} cannot be used: {reason(error)}") from None
     return torch.device(device)
 
 
@@ -144,10 +143,9 @@ def measure(
     except KVarNError:
         raise
     except RuntimeError as error:  # Dynamo's and Inductor's errors are subclasses
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise BackendError(
-            f"the step of {case.preset}, {case.shape} does not run: {' '.join(lines[:2])} On a CPU "
-            "torch.compile needs a C++ compiler, which `kvarn-ops env` shows."
+            f"the step of {case.preset}, {case.shape} does not run: {reason(error, lines=2)} "
+            "On a CPU torch.compile needs a C++ compiler, which `kvarn-ops env` shows."
         ) from error
     timings = {name: Timing.of(values) for name, values in seconds.items()}
     row: dict[str, Any] = {}

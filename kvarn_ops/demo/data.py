@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kvarn_ops
 
-from ..errors import InputError
+from ..errors import InputError, reason
 
 __all__ = [
     "ByteCodec",
@@ -167,13 +167,13 @@ def load_subject(directory: Path, device: str) -> Subject:
         where = torch.device(device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!r} cannot be used: {_first_line(error)}") from None
+        raise InputError(f"device {device!r} cannot be used: {reason(error)}") from None
     transformers_logging.disable_progress_bar()  # the demo has its own
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(
-            f"{str(directory)!r} cannot be loaded as a causal language model: {_first_line(error)}"
+            f"{str(directory)!r} cannot be loaded as a causal language model: {reason(error)}"
         ) from error
     if model.dtype == torch.float16 and where.type == "cpu":
         model = model.float()
@@ -189,7 +189,7 @@ def _load_codec(directory: Path, vocab_size: int) -> Codec:
             return TokenizerCodec(AutoTokenizer.from_pretrained(directory, local_files_only=True))
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
-                f"the tokenizer in {str(directory)!r} cannot be loaded: {_first_line(error)}"
+                f"the tokenizer in {str(directory)!r} cannot be loaded: {reason(error)}"
             ) from error
     if vocab_size in _BYTE_VOCABULARY:
         return ByteCodec()
@@ -269,7 +269,3 @@ def cut_windows(documents: dict[str, Tensor], length: int, count: int) -> list[W
         Window(name, slot * length, documents[name][slot * length : (slot + 1) * length])
         for name, slot in order[:count]
     ]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from ..config import KVarNConfig
-from ..errors import BackendError, CacheError, KVarNError
+from ..errors import BackendError, CacheError, KVarNError, reason
 from ..hf.cache import KVarNCache
 from ..hf.layer import KVarNLayer
 from .data import Subject
@@ -137,9 +137,8 @@ def compiled(model: Any) -> Step:
         except KVarNError:
             raise
         except RuntimeError as error:  # Dynamo's and Inductor's errors are subclasses
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise BackendError(
-                f"torch.compile failed: {' '.join(lines[:2]) or type(error).__name__} On a CPU it "
+                f"torch.compile failed: {reason(error, lines=2)} On a CPU it "
                 "needs a C++ compiler, which `kvarn-ops env` shows; --no-compile runs without one."
             ) from error
         finished = True

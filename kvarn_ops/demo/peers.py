@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from transformers.cache_utils import QuantizedCache
 
 from ..env import is_installed
 from ..errors import InputError
+from ..hf.stock import tensors_of
 
 __all__ = ["PEERS", "Peer", "cache_bytes", "parse_peers"]
 
@@ -75,24 +75,6 @@ def parse_peers(names: str) -> list[Peer]:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of the distinct storages that a cache's layers hold."""
-    found: dict[int, int] = {}
-
-    def visit(value: Any) -> None:
-        if isinstance(value, Tensor):
-            if hasattr(value, "__tensor_flatten__"):  # a tensor made of tensors has no storage
-                names, _ = value.__tensor_flatten__()
-                for name in names:
-                    visit(getattr(value, name))
-            else:
-                storage = value.untyped_storage()
-                found[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, dict):
-            for item in value.values():
-                visit(item)
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                visit(item)
-
-    for layer in cache.layers:
-        visit(vars(layer))
-    return sum(found.values())
+    tensors = tensors_of([vars(layer) for layer in cache.layers])
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

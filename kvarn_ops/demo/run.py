@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import kvarn_ops
 
-from ..config import KVarNConfig
+from ..config import KVarNConfig, parse_presets
 from ..errors import InputError
 from . import plots, report
 from .data import Subject, cut_windows, find_model, load_subject, read_documents
@@ -85,7 +85,7 @@ def run_demo(options: Options, console: Console) -> list[report.Row]:
 
 def _prepare(options: Options, progress: Progress) -> tuple[Setup, dict[str, str]]:
     """Check and load everything; the setup, and the lines that describe it."""
-    configs = _parse_presets(options.presets)
+    configs = parse_presets(options.presets, "--presets")
     peers = parse_peers(options.peers)
     for name in ("tokens", "batch"):
         if getattr(options, name) < 1:
@@ -126,13 +126,6 @@ def _prepare(options: Options, progress: Progress) -> tuple[Setup, dict[str, str
     if missing:
         header["left out"] = f"not in this Python's standard library: {', '.join(missing)}"
     return setup, header
-
-
-def _parse_presets(text: str) -> dict[str, KVarNConfig]:
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise InputError("--presets is empty: give preset names, for example k4v2,k2v2.")
-    return {name: KVarNConfig.from_preset(name) for name in names}
 
 
 def _check_peers(peers: list[Peer], subject: Subject) -> None:

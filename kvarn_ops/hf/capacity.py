@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config import KVarNConfig
+from ..config import KVarNConfig, parse_presets
 from ..errors import InputError, UnsupportedModelError
 from .footprint import Footprint, LayerShape, layer_shapes, tokens_that_fit
 from .inspection import LayerReport, inspect_model
@@ -101,7 +101,7 @@ def examine(
     InputError
         If the numbers make no sense, or transformers cannot build the model.
     """
-    configs = _parse(presets)
+    configs = parse_presets(presets, "--preset")
     if batch < 1 or (context is not None and context < 1):
         raise InputError(f"--batch {batch}, --context {context}: give at least 1.")
     if memory_gib is not None and not memory_gib > 0:
@@ -145,13 +145,6 @@ def examine(
         warnings=(),
     )
     return Inspection(**(vars(found) | {"warnings": tuple(_warnings(found, opened, context))}))
-
-
-def _parse(presets: str) -> dict[str, KVarNConfig]:
-    names = list(dict.fromkeys(name.strip() for name in presets.split(",") if name.strip()))
-    if not names:
-        raise InputError("--preset is empty: give preset names, for example k4v2,k2v2.")
-    return {name: KVarNConfig.from_preset(name) for name in names}
 
 
 def _reports(

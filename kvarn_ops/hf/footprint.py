@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import StaticCache
 
 from ..config import KVarNConfig
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, reason
 
 __all__ = ["Footprint", "LayerShape", "layer_shapes", "tokens_that_fit"]
 
@@ -165,10 +165,9 @@ def layer_shapes(model: PreTrainedModel) -> tuple[LayerShape, ...]:
         with torch.no_grad():
             model(input_ids=ids, past_key_values=cache, use_cache=True)
     except Exception as error:  # whatever a model makes of an empty cache on this device
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedModelError(
             f"the cache of {type(model).__name__} cannot be sized: a forward of one token with a "
-            f"static cache fails without weights ({first})"
+            f"static cache fails without weights ({reason(error)})"
         ) from error
     return tuple(_shape(layer) for layer in cache.layers)
 

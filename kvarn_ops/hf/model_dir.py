@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import InputError
+from ..errors import InputError, reason
 
 __all__ = ["ModelDir", "open_model_dir"]
 
@@ -95,7 +95,7 @@ def _as_config(directory: Path, fields: dict[str, Any]) -> Any:
         return transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # whatever a config class makes of wrong values
         raise InputError(
-            f"{str(directory / 'config.json')!r} is no valid {kind} config: {_first_line(error)}"
+            f"{str(directory / 'config.json')!r} is no valid {kind} config: {reason(error)}"
         ) from error
 
 
@@ -112,7 +112,7 @@ def _build(directory: Path, config: Any, fields: dict[str, Any]) -> PreTrainedMo
     except Exception as error:
         raise InputError(
             f"transformers cannot build {named or 'a causal language model'} from "
-            f"{str(directory / 'config.json')!r}: {_first_line(error)}"
+            f"{str(directory / 'config.json')!r}: {reason(error)}"
         ) from error
 
 
@@ -133,7 +133,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{str(index)!r} is no index of weights: {_first_line(error)}") from None
+        raise InputError(f"{str(index)!r} is no index of weights: {reason(error)}") from None
 
 
 def _safetensors_header(path: Path) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
             start, stop = entry["data_offsets"]
             entry["bytes"] = stop - start
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise InputError(f"{str(path)!r} is no safetensors file: {_first_line(error)}") from None
+        raise InputError(f"{str(path)!r} is no safetensors file: {reason(error)}") from None
     return header
 
 
@@ -179,7 +179,3 @@ def _weight_bytes(
         return sum(path.stat().st_size for path in files), "sizes of the .bin files"
     total = sum(parameter.nbytes for parameter in model.parameters())
     return total, f"config.json, as {str(model.dtype).removeprefix('torch.')}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvarn_ops.config import BITS, GROUP_SIZES
+from kvarn_ops.config import BITS
 from kvarn_ops.errors import InputError
 from kvarn_ops.hadamard import hadamard
 from kvarn_ops.reference import encode as encode_module
@@ -20,29 +19,21 @@ from tiles import (
     SIDES,
     assert_all_finite,
     assert_equal,
+    bit_widths,
     decode,
     encode,
+    groups,
     make_config,
     make_tiles,
     quick,
     relative_error,
     round_trip,
+    sides,
     unrotated,
 )
 
 ENCODERS = ("paper", "plus")
-sides = st.sampled_from(SIDES)
-bit_widths = st.sampled_from(BITS)
-groups = st.sampled_from(GROUP_SIZES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiles are small: a second thread only waits, and badly on a machine with other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- input that nobody wants -------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -22,31 +21,23 @@ from tiles import (
     SIDES,
     assert_all_finite,
     assert_equal,
+    bit_widths,
     codes_of,
     decode,
     encode,
+    groups,
     make_config,
     make_tiles,
     quick,
     relative_error,
     round_trip,
+    sides,
     unrotated,
 )
 
 HEAD_DIMS = (32, 64, 80, 96, 112, 128, 192, 576)
 ENCODERS = ("paper", "plus")
-sides = st.sampled_from(SIDES)
-bit_widths = st.sampled_from(BITS)
-groups = st.sampled_from(GROUP_SIZES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiles are small: a second thread only waits, and badly on a machine with other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the float64 model -------------------------------------------------------------------------

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import torch
 from hypothesis import Phase, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from kvarn_ops.config import KVarNConfig
+from kvarn_ops.config import BITS, GROUP_SIZES, KVarNConfig
 from kvarn_ops.layout import unpack_codes
 from kvarn_ops.reference.decode import decode_keys, decode_values
 from kvarn_ops.reference.encode import EncodedTiles, encode_keys, encode_values
@@ -21,6 +22,10 @@ ERROR_LIMIT = {
     "paper": {2: 0.62, 3: 0.27, 4: 0.13, 8: 0.008},
     "plus": {2: 0.37, 3: 0.21, 4: 0.115, 8: 0.008},
 }
+
+sides = st.sampled_from(SIDES)
+bit_widths = st.sampled_from(BITS)
+groups = st.sampled_from(GROUP_SIZES)
 
 
 def make_config(side: str, bits: int, group: int, **fields: object) -> KVarNConfig:
