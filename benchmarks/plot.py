@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kvarn_ops.benchmark.plots import COLORS, new_figure, plot_decode_attention, save
+from kvarn_ops.benchmark.plots import plot_decode_attention, save
 from kvarn_ops.benchmark.results import measured
 from kvarn_ops.demo.plots import plot_quality
 from kvarn_ops.demo.report import Row
+from kvarn_ops.figures import COLORS, new_figure
 
 HERE = Path(__file__).resolve().parent
 Rows = list[dict[str, str]]

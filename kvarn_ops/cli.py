@@ -224,6 +224,72 @@ def bench(
         raise typer.Exit(1)
 
 
+@app.command(name="eval")
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Folder for tables and pictures.")] = Path(
+        "eval_output"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="All methods in minutes: less text, fewer presets.")
+    ] = False,
+    model: Annotated[
+        Path | None, typer.Option(help="Local causal language model; default: those of a checkout.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to score; default: what training left out.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="text, attention, chase, lines, with commas; default: what fits."),
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods, with commas; default: all of them.")
+    ] = None,
+    presets: Annotated[
+        str | None, typer.Option(help="Presets, with commas; default: k2v2,k3v2,k3v3,k4v2,k4v4.")
+    ] = None,
+    protocols: Annotated[
+        str | None, typer.Option(help="decode, pseudo, prefill, with commas; default: all.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens per window; default: 4096 or what the model knows.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="Windows of text.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Puzzles per variant.")] = None,
+    placements: Annotated[
+        int | None, typer.Option(help="Outlier variants of each model; 0 for none.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows or prompts run together.")] = None,
+    block: Annotated[
+        int | None, typer.Option(help="Tokens per forward of the protocol pseudo.")
+    ] = None,
+    sinks: Annotated[int | None, typer.Option(help="num_sink_tokens for text.")] = None,
+    tail: Annotated[int | None, typer.Option(help="tail_tokens for text.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the generated tasks.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Default: cuda if there is one, else cpu.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Default: float32 on a CPU, the model's own elsewhere.")
+    ] = None,
+) -> None:
+    """Measure quality in decode mode: KVarN, other quantizers and dense, through one cache.
+
+    A run that was stopped continues where it was when it is started again with the same options.
+    """
+    from rich.console import Console
+
+    from kvarn_ops.eval.plan import make_options
+    from kvarn_ops.eval.run import run_eval
+
+    given = dict(
+        model=model, text=text, tasks=tasks, methods=methods, presets=presets, protocols=protocols,
+        context=context, windows=windows, samples=samples, placements=placements, batch=batch,
+        block=block, sinks=sinks, tail=tail, seed=seed, device=device, dtype=dtype,
+    )  # fmt: skip
+    run_eval(make_options(out, quick, given), Console())
+
+
 def _fail(message: str) -> NoReturn:
     typer.echo(f"kvarn-ops: {' '.join(message.split())}", err=True)
     sys.exit(EXIT_ERROR)

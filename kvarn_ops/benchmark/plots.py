@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COLORS", "new_figure", "plot_decode_attention", "save"]
+from ..figures import color, finish, marker, new_figure
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
-_MARKERS = "osD^vP"
+__all__ = ["plot_decode_attention", "save"]
+
 _LINES = ("-", "--", ":", "-.")
 
 
@@ -33,8 +33,8 @@ def plot_decode_attention(path: Path, rows: list[dict[str, str]]) -> None:
                 preset, q_heads, kv_heads = kind
                 axes.plot(
                     *zip(*points, strict=True),
-                    color=COLORS[kind_index % len(COLORS)],
-                    marker=_MARKERS[kind_index % len(_MARKERS)],
+                    color=color(kind_index),
+                    marker=marker(kind_index),
                     linestyle=_LINES[dim_index % len(_LINES)],
                     markersize=5,
                     label=f"{preset}, {q_heads}/{kv_heads} heads, head_dim {dim}",
@@ -50,33 +50,15 @@ def plot_decode_attention(path: Path, rows: list[dict[str, str]]) -> None:
     save(figure, panels, path, "Decode attention of one layer: above 1 KVarN is faster", rows[-1])
 
 
-def new_figure(columns: int = 1) -> tuple[Any, list[Any]]:
-    """A figure that needs no display, and its axes from left to right."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 + 4 * columns, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, columns, sharey=True, squeeze=False)
-    return figure, list(axes[0])
-
-
 def save(
     figure: Any, panels: list[Any], path: Path, title: str, conditions: dict[str, str]
 ) -> None:
-    """Add grid, legend, title and the conditions of the run, and write the file."""
-    for axes in panels:
-        axes.grid(axis="both", color="0.92", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(facecolor="white", edgecolor="none", framealpha=0.9, fontsize=8)
+    """Write the file, with the conditions of the run under the title."""
     where = (
         f"{conditions['device']}, threads: {conditions['threads']}, torch {conditions['torch']}, "
         f"kvarn_ops {conditions['kvarn_ops']}, {conditions['date'].split()[0]}"
     )
-    figure.suptitle(f"{title}\n{where}", fontsize=10)
-    figure.savefig(path, dpi=130)
+    finish(figure, panels, path, title, where)
 
 
 def _short(context: int) -> str:

@@ -19,9 +19,9 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from ..config import KVarNConfig
 from ..errors import BackendError, CacheError, KVarNError, reason
+from ..eval.data import Subject
 from ..hf.cache import KVarNCache
 from ..hf.layer import KVarNLayer
-from .data import Subject
 
 __all__ = [
     "Plan",

@@ -20,9 +20,9 @@ import kvarn_ops
 
 from ..config import KVarNConfig
 from ..errors import InputError
+from ..eval.data import Subject, Window
 from ..hf.cache import KVarNCache
 from ..hf.layer import KVarNLayer
-from .data import Subject, Window
 from .decode import (
     Plan,
     check_tiles_are_quantized,

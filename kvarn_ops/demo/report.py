@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from .data import Codec
+from ..eval.data import Codec
 
 __all__ = [
     "Row",

@@ -1,4 +1,4 @@
-"""What the demo runs on: a local model, and windows of text that it was not trained on."""
+"""What is measured: a local model, and windows of text that it was not trained on."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ __all__ = [
     "Window",
     "cut_windows",
     "find_model",
+    "load_model",
     "load_subject",
     "read_documents",
 ]
@@ -126,8 +127,8 @@ class Window:
     ids: Tensor
 
 
-def find_model(model: Path | None) -> Path:
-    """Return the directory of the model: the given one, or the shipped model of a checkout.
+def find_model(model: Path | None, shipped: str = "byte_model") -> Path:
+    """Return the directory of the model: the given one, or a shipped model of a checkout.
 
     Raises
     ------
@@ -135,14 +136,14 @@ def find_model(model: Path | None) -> Path:
         If there is no such directory, or none was given and the installation has no model.
     """
     if model is None:
-        shipped = Path(kvarn_ops.__file__).resolve().parents[1] / "examples" / "byte_model"
-        if not (shipped / "config.json").is_file():
+        found = Path(kvarn_ops.__file__).resolve().parents[1] / "examples" / shipped
+        if not (found / "config.json").is_file():
             raise InputError(
-                "this installation has no model (only a source checkout has examples/byte_model): "
+                f"this installation has no model (only a source checkout has examples/{shipped}): "
                 "give a local Hugging Face causal language model with --model DIR and a text with "
                 "--text FILE."
             )
-        return shipped
+        return found
     if not model.is_dir():
         raise InputError(
             f"the model directory {str(model)!r} does not exist: --model takes a local directory "
@@ -151,13 +152,34 @@ def find_model(model: Path | None) -> Path:
     return model
 
 
-def load_subject(directory: Path, device: str) -> Subject:
-    """Load model and tokenizer in the stored dtype; fp16, which is slow on CPUs, as fp32 there.
+def load_subject(directory: Path, device: str, dtype: str = "auto") -> Subject:
+    """Load a model and what turns text into its tokens; arguments as in `load_model`.
 
     Raises
     ------
     InputError
         If the directory holds no causal language model, or no way to turn text into tokens.
+    """
+    model = load_model(directory, device, dtype)
+    codec = _load_codec(directory, model.config.get_text_config(decoder=True).vocab_size)
+    return Subject(directory.resolve().name, model, codec, model.device)
+
+
+def load_model(directory: Path, device: str, dtype: str = "auto") -> Any:
+    """Load a causal language model, in eval mode.
+
+    Parameters
+    ----------
+    directory : Path
+        In Hugging Face format.
+    device, dtype : str
+        Where and in which dtype; "auto" is the stored one, except fp16 on a CPU, where it is slow
+        and becomes fp32.
+
+    Raises
+    ------
+    InputError
+        If the directory holds no causal language model, or the device cannot be used.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -168,17 +190,16 @@ def load_subject(directory: Path, device: str) -> Subject:
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} cannot be used: {reason(error)}") from None
-    transformers_logging.disable_progress_bar()  # the demo has its own
+    transformers_logging.disable_progress_bar()  # the commands have their own
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{str(directory)!r} cannot be loaded as a causal language model: {reason(error)}"
         ) from error
-    if model.dtype == torch.float16 and where.type == "cpu":
+    if dtype == "auto" and model.dtype == torch.float16 and where.type == "cpu":
         model = model.float()
-    codec = _load_codec(directory, model.config.get_text_config(decoder=True).vocab_size)
-    return Subject(directory.resolve().name, model.to(where).eval(), codec, where)
+    return model.to(where).eval()
 
 
 def _load_codec(directory: Path, vocab_size: int) -> Codec:

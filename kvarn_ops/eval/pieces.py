@@ -1,0 +1,74 @@
+"""A piece: the unit of work of an evaluation, and the unit that a resumed run does not repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kvarn_ops
+
+from ..config import KVarNConfig
+from ..hf.cache import KVarNCache
+from .cache import MethodCache
+from .methods import Method
+
+__all__ = ["Case", "Piece", "Tick"]
+
+Tick = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method under one preset, and whether it runs in the product's packed cache."""
+
+    method: Method
+    preset: str  # "-" where bits do not matter
+    config: KVarNConfig
+    packed: bool = False
+
+    @property
+    def key(self) -> str:
+        """Part of a file name."""
+        name = self.method.name.replace("/", "-")
+        name = name if self.preset == "-" else f"{name}_{self.preset}"
+        return f"{name}_packed" if self.packed else name
+
+    @property
+    def cache_name(self) -> str:
+        """The column `cache`."""
+        return "packed" if self.packed else "simulated"
+
+    def run(
+        self,
+        model: Any,
+        slots: int,
+        body: Callable[[Any], Any],
+        starts: list[int] | None = None,
+    ) -> Any:
+        """Call `body` with an empty cache that holds `slots` tokens per row."""
+        if not self.packed:
+            return body(MethodCache(model.config, self.method, self.config, starts))
+        config = self.method.product_config(self.config)
+        with kvarn_ops.patched(model, config):
+            return body(KVarNCache(model.config, slots, config, device=model.device))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Work that gives named tensors."""
+
+    key: str  # names the file
+    label: str  # of the progress bar
+    forwards: int  # calls of the model, for the progress bar
+    run: Callable[[Tick], dict[str, Tensor]]
+
+
+def generator_for(seed: int, *parts: str) -> torch.Generator:
+    """A generator that depends on the seed and on what it is for, not on what ran before."""
+    import zlib
+
+    return torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32("/".join(parts).encode()))

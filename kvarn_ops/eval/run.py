@@ -1,0 +1,91 @@
+"""The evaluation from options to files: plan, run what is not there yet, tabulate, draw."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+from ..benchmark.results import conditions
+from . import plots
+from .plan import Job, Options, jobs
+from .report import Results, collect, summary_table, write_rows
+from .store import Store
+
+__all__ = ["run_eval"]
+
+FILES = ("summary", "positions", "layers")
+
+
+def run_eval(options: Options, console: Console) -> Results:
+    """Run an evaluation, or the rest of one; returns the rows of its tables.
+
+    Raises
+    ------
+    InputError
+        For options that do not go together, or a folder that holds another run.
+    """
+    importlib.import_module("matplotlib")  # if it is missing: said now, not after minutes
+    started = time.perf_counter()
+    torch.manual_seed(options.seed)
+    plan = list(jobs(options))
+    store = Store(options.out, options.settings())
+    known = {job.piece.key: store.get(job.piece.key) for job in plan}
+    missing = [job for job in plan if known[job.piece.key] is None]
+    if len(missing) < len(plan):
+        console.print(f"{len(plan) - len(missing)} of {len(plan)} pieces are there already.")
+    done = [(job, known[job.piece.key]) for job in plan]
+    with _progress(console) as progress:
+        bar = progress.add_task("", total=sum(job.piece.forwards for job in missing))
+        finished: list[tuple[Job, dict[str, Tensor]]] = []
+        for job, tensors in done:
+            if tensors is None:
+                progress.update(bar, description=job.piece.label)
+                tensors = job.piece.run(lambda: progress.advance(bar))
+                store.put(job.piece.key, tensors)
+            finished.append((job, tensors))
+    results = collect(finished)
+    write_tables(options, results, finished[0][0], console)
+    console.print(summary_table(results.summary))
+    console.print(
+        f"Done in {time.perf_counter() - started:.0f} s. Written to {options.out}: "
+        + ", ".join(sorted(p.name for p in options.out.iterdir() if p.suffix in (".csv", ".png"))),
+        highlight=False,
+        markup=False,
+    )
+    return results
+
+
+def write_tables(options: Options, results: Results, job: Job, console: Console) -> None:
+    """Write the CSV files and the pictures."""
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    header = conditions(device, torch.get_num_threads())
+    header |= {name: str(value) for name, value in options.settings().items() if value is not None}
+    header = {name: Path(text).name if "/" in text else text for name, text in header.items()}
+    for name, rows in zip(FILES, results, strict=True):
+        if rows:
+            write_rows(options.out / f"{name}.csv", rows, header)
+    plots.draw(options.out, results.summary, results.positions, results.layers)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<44}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

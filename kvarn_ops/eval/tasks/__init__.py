@@ -1,0 +1,1 @@
+"""What models are asked: generated puzzles, and adapters for published benchmarks."""
