@@ -28,7 +28,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from kvarn_ops.eval.tasks import chase, lines
 
 TOKENS_PER_STEP = 8192
-QUESTIONS = 24  # per training document of the line task
+QUESTIONS = 32  # per training document of the line task
 MOVE_ON = 0.95  # accuracy at which the curriculum goes to the next length
 LOG_EVERY = 50
 
@@ -57,22 +57,24 @@ def chase_batch(count: int, length: int, generator: torch.Generator) -> Batch:
 
 def lines_batch(count: int, length: int, generator: torch.Generator) -> Batch:
     """Documents with many questions, so that one document teaches a lot."""
-    prompts, questions, answers = lines.make_lines(count, length, min(length, QUESTIONS), generator)
+    documents, questions, answers = lines.make_lines(
+        count, length, min(length, QUESTIONS), generator
+    )
     turns = torch.cat([questions, answers], dim=-1)
     targets = torch.full_like(turns, -100)
-    targets[..., 1:-1] = answers
-    ids = torch.cat([prompts, turns.flatten(1)], dim=-1)
-    return ids, torch.cat([torch.full_like(prompts, -100), targets.flatten(1)], dim=-1)
+    targets[..., 1:2] = answers
+    ids = torch.cat([documents, turns.flatten(1)], dim=-1)
+    return ids, torch.cat([torch.full_like(documents, -100), targets.flatten(1)], dim=-1)
 
 
 TASKS = {
     "chase": Task(
         chase.VOCAB_SIZE, (4, 8, 16, 32, 64, 96, 126), (64, 126), 512,
-        lambda n: 3 * n + 1, chase_batch,
+        lambda n: 4 * n + 1, chase_batch,
     ),
     "lines": Task(
-        lines.VOCAB_SIZE, (4, 8, 16, 32, 64, 128, 192, 288), (128, 288), 4096,
-        lambda n: 7 * (n + min(n, QUESTIONS)), lines_batch,
+        lines.VOCAB_SIZE, (16, 32, 64, 128, 256, 640), (256, 640), 2048,
+        lambda n: 3 * (n + min(n, QUESTIONS)), lines_batch,
     ),
 }  # fmt: skip
 

@@ -240,7 +240,10 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="text, attention, chase, lines, with commas; default: what fits."),
+        typer.Option(
+            help="text, attention, chase, lines; with --data: math500, aime24, humaneval, ifeval; "
+            "line_text. With commas; default: the first four, the first two of an own model."
+        ),
     ] = None,
     methods: Annotated[
         str | None, typer.Option(help="Methods, with commas; default: all of them.")
@@ -265,7 +268,15 @@ def evaluate(
     ] = None,
     sinks: Annotated[int | None, typer.Option(help="num_sink_tokens for text.")] = None,
     tail: Annotated[int | None, typer.Option(help="tail_tokens for text.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the generated tasks.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with local copies: math500.jsonl, ...")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each benchmark.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length of an answer.")] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Let humaneval run code that the model wrote.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Of generated tasks and samples.")] = None,
     device: Annotated[
         str | None, typer.Option(help="Default: cuda if there is one, else cpu.")
     ] = None,
@@ -279,13 +290,14 @@ def evaluate(
     """
     from rich.console import Console
 
-    from kvarn_ops.eval.plan import make_options
+    from kvarn_ops.eval.options import make_options
     from kvarn_ops.eval.run import run_eval
 
     given = dict(
         model=model, text=text, tasks=tasks, methods=methods, presets=presets, protocols=protocols,
         context=context, windows=windows, samples=samples, placements=placements, batch=batch,
-        block=block, sinks=sinks, tail=tail, seed=seed, device=device, dtype=dtype,
+        block=block, sinks=sinks, tail=tail, data=data, limit=limit, max_new_tokens=max_new_tokens,
+        allow_code=allow_code or None, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
     run_eval(make_options(out, quick, given), Console())
 

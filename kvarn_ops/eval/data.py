@@ -6,7 +6,7 @@ import json
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 import kvarn_ops
 
 from ..errors import InputError, reason
+from .codec import ByteCodec, Codec, load_codec
 
 __all__ = [
     "ByteCodec",
@@ -26,86 +27,6 @@ __all__ = [
     "load_subject",
     "read_documents",
 ]
-
-_BYTE_VOCABULARY = range(256, 301)  # 256 bytes and a few special tokens
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-
-
-class Codec(Protocol):
-    """How text becomes tokens."""
-
-    unit: str
-
-    def encode(self, text: bytes) -> Tensor:
-        """Token ids `[n]` int64 of a text."""
-        ...
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of token ids."""
-        ...
-
-    def start(self, window: Tensor) -> Tensor:
-        """Adapt a window `[n]` cut out of the middle of a text to what the model expects."""
-        ...
-
-    def end(self, prompt: Tensor, shortest: int) -> Tensor:
-        """Cut a prompt `[n]` where a continuation reads well, to `shortest` tokens or more."""
-        ...
-
-
-class ByteCodec:
-    """Token ids are bytes; larger ids mean nothing as text."""
-
-    unit = "byte"
-
-    def encode(self, text: bytes) -> Tensor:
-        """Token ids `[n]` int64 of a text."""
-        return torch.tensor(list(text), dtype=torch.int64)
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of token ids."""
-        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
-
-    def start(self, window: Tensor) -> Tensor:
-        """The window itself: the model was trained on windows from anywhere in a file."""
-        return window
-
-    def end(self, prompt: Tensor, shortest: int) -> Tensor:
-        """The prompt up to the end of its last line."""
-        lines = (prompt == ord("\n")).nonzero()
-        length = int(lines[-1]) + 1 if len(lines) else 0
-        return prompt[:length] if length >= shortest else prompt
-
-
-class TokenizerCodec:
-    """The tokenizer that lies beside a model."""
-
-    unit = "token"
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        bos = tokenizer.bos_token_id
-        self._bos = bos if bos is not None and tokenizer("a").input_ids[:1] == [bos] else None
-
-    def encode(self, text: bytes) -> Tensor:
-        """Token ids `[n]` int64 of a text."""
-        readable = text.decode("utf-8", errors="replace")
-        ids = self._tokenizer(readable, add_special_tokens=False, verbose=False).input_ids
-        return torch.tensor(ids, dtype=torch.int64)
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of token ids."""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-    def start(self, window: Tensor) -> Tensor:
-        """Put the token in front that the tokenizer puts in front of every text."""
-        if self._bos is None:
-            return window
-        return torch.cat([torch.tensor([self._bos]), window[:-1]])
-
-    def end(self, prompt: Tensor, shortest: int) -> Tensor:
-        """The prompt itself: tokens end where words do, more or less."""
-        return prompt
 
 
 @dataclass(frozen=True)
@@ -161,7 +82,7 @@ def load_subject(directory: Path, device: str, dtype: str = "auto") -> Subject:
         If the directory holds no causal language model, or no way to turn text into tokens.
     """
     model = load_model(directory, device, dtype)
-    codec = _load_codec(directory, model.config.get_text_config(decoder=True).vocab_size)
+    codec = load_codec(directory, model.config.get_text_config(decoder=True).vocab_size)
     return Subject(directory.resolve().name, model, codec, model.device)
 
 
@@ -185,6 +106,8 @@ def load_model(directory: Path, device: str, dtype: str = "auto") -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f"--dtype {dtype}: give float32, bfloat16, float16 or auto.")
     try:
         where = torch.device(device)
         torch.empty(0, device=where)
@@ -200,25 +123,6 @@ def load_model(directory: Path, device: str, dtype: str = "auto") -> Any:
     if dtype == "auto" and model.dtype == torch.float16 and where.type == "cpu":
         model = model.float()
     return model.to(where).eval()
-
-
-def _load_codec(directory: Path, vocab_size: int) -> Codec:
-    if any((directory / name).is_file() for name in _TOKENIZER_FILES):
-        from transformers import AutoTokenizer
-
-        try:
-            return TokenizerCodec(AutoTokenizer.from_pretrained(directory, local_files_only=True))
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(
-                f"the tokenizer in {str(directory)!r} cannot be loaded: {reason(error)}"
-            ) from error
-    if vocab_size in _BYTE_VOCABULARY:
-        return ByteCodec()
-    raise InputError(
-        f"{str(directory)!r} has no tokenizer, and its vocabulary of {vocab_size} is not bytes "
-        f"({_BYTE_VOCABULARY.start} to {_BYTE_VOCABULARY.stop - 1}): put the model's tokenizer "
-        "files beside it."
-    )
 
 
 def read_documents(directory: Path, text: Path | None) -> tuple[dict[str, bytes], list[str]]:

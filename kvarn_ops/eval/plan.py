@@ -1,90 +1,37 @@
-"""Options of an evaluation, and the pieces of work that they mean."""
+"""The pieces of work that the options of an evaluation mean."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import kvarn_ops
-
 from ..config import KVarNConfig, parse_presets
 from ..errors import InputError
 from .attention_error import attention_piece
 from .data import Subject, cut_windows, find_model, load_model, load_subject, read_documents
-from .methods import DEFAULT_METHODS, Method, parse_methods
+from .methods import Method, parse_methods
+from .options import Options, chosen
 from .outliers import check_outliers, with_outliers
 from .pieces import Case, Piece, generator_for
 from .protocols import PROTOCOLS, protocol
 from .puzzle_runs import puzzle_piece
+from .question_runs import question_piece
+from .tasks.catalogue import TEXT_TASKS
+from .tasks.code_answers import HumanEval
 from .tasks.puzzles import PUZZLES, Puzzle
 from .text import DenseRun, text_piece
 
-__all__ = ["TASKS", "Job", "Options", "jobs", "make_options"]
+__all__ = ["TASKS", "Job", "jobs"]
 
-TASKS = ("text", "attention", *PUZZLES)
+TASKS = ("text", "attention", *PUZZLES, *TEXT_TASKS)
 _OWN_MODEL_TASKS = ("text", "attention")
 _PACKED_METHODS = ("plus",)  # also run in the product's cache, to show that the numbers are its own
 _CONTEXT = 4096
-_PSEUDO_BLOCK = 16
 _ATTENTION_ROWS = 2  # windows of the attention errors: means over thousands of tokens need few
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line was given; None means that the evaluation chooses."""
-
-    out: Path
-    model: Path | None = None
-    text: Path | None = None
-    tasks: str | None = None
-    methods: str = DEFAULT_METHODS
-    presets: str = "k2v2,k3v2,k3v3,k4v2,k4v4"
-    protocols: str = "decode,pseudo,prefill"
-    context: int | None = None
-    windows: int = 8
-    batch: int = 8
-    samples: int = 64
-    placements: int = 5
-    block: int = _PSEUDO_BLOCK
-    sinks: int | None = None
-    tail: int = 0
-    seed: int = 0
-    device: str | None = None
-    dtype: str | None = None
-
-    def settings(self) -> dict[str, Any]:
-        """What decides the numbers; stored with the results."""
-        values = {name: value for name, value in vars(self).items() if name != "out"}
-        return {
-            name: str(value) if isinstance(value, Path) else value for name, value in values.items()
-        } | {"kvarn_ops": kvarn_ops.__version__}
-
-
-_QUICK: dict[str, Any] = {
-    "presets": "k2v2,k4v2",
-    "protocols": "pseudo,prefill",
-    "windows": 4,
-    "batch": 4,
-    "placements": 2,
-}
-
-
-def make_options(out: Path, quick: bool, given: dict[str, Any]) -> Options:
-    """Options from what was given on the command line; None is not given.
-
-    `quick` replaces defaults, not what was given. With a model of one's own, outlier variants are
-    made only if they are asked for.
-    """
-    defaults = _QUICK if quick else {}
-    if given.get("model") is not None:
-        defaults = defaults | {"placements": 0}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    return Options(out=out, **(defaults | chosen))
 
 
 @dataclass(frozen=True)
@@ -92,7 +39,7 @@ class Job:
     """A piece, and the columns that describe it in the tables."""
 
     piece: Piece
-    kind: str  # text, attention or puzzle
+    kind: str  # text, attention, puzzle or questions
     columns: dict[str, str]
     positions: range = field(default=range(0))  # of the last axis of the piece's tensors
 
@@ -107,39 +54,26 @@ def jobs(options: Options) -> list[Job]:
     """
     methods = parse_methods(options.methods)
     presets = parse_presets(options.presets, "--presets")
-    names = _chosen(options.protocols, PROTOCOLS, "--protocols")
-    default = ",".join(TASKS if options.model is None else _OWN_MODEL_TASKS)
-    tasks = _chosen(default if options.tasks is None else options.tasks, TASKS, "--tasks")
+    names = chosen(options.protocols, PROTOCOLS, "--protocols")
+    default = ",".join(_OWN_MODEL_TASKS if options.model else (*_OWN_MODEL_TASKS, *PUZZLES))
+    tasks = chosen(default if options.tasks is None else options.tasks, TASKS, "--tasks")
     for name in ("windows", "batch", "samples", "block"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} {getattr(options, name)}: give at least 1.")
     if options.placements < 0:
         raise InputError(f"--placements {options.placements}: give 0 or more.")
     found: list[Job] = []
-    if set(tasks) & set(_OWN_MODEL_TASKS):
-        subject = load_subject(find_model(options.model), *_placed(options))
-        found += _text_jobs(options, subject, tasks, names, methods, presets)
+    if set(tasks) - set(PUZZLES):
+        subject = load_subject(find_model(options.model), *options.placed())
+        if set(tasks) & set(_OWN_MODEL_TASKS):
+            found += _text_jobs(options, subject, tasks, names, methods, presets)
+        for task in tasks:
+            if task in TEXT_TASKS:
+                found += _question_jobs(options, subject, task, methods, presets)
     for task in tasks:
         if task in PUZZLES:
             found += _puzzle_jobs(options, PUZZLES[task], methods, presets)
     return found
-
-
-def _chosen(text: str, known: tuple[str, ...], option: str) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    for name in names:
-        if name not in known:
-            raise InputError(f"{option} {name}: choose of {', '.join(known)}.")
-    if not names:
-        raise InputError(f"{option} is empty: choose of {', '.join(known)}.")
-    return names
-
-
-def _placed(options: Options) -> tuple[str, str]:
-    """Device and dtype."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # 16-bit rounding would hide what 4 bits do; large models may only fit in their own dtype.
-    return device, options.dtype or ("float32" if device == "cpu" else "auto")
 
 
 class _Variants:
@@ -200,10 +134,7 @@ def _text_jobs(
     methods: list[Method],
     presets: dict[str, KVarNConfig],
 ) -> Iterator[Job]:
-    changes: dict[str, int] = {"tail_tokens": options.tail}
-    if options.sinks is not None:
-        changes["num_sink_tokens"] = options.sinks
-    presets = {name: replace(config, **changes) for name, config in presets.items()}
+    presets = options.adjusted(presets)
     windows = _windows(options, subject, list(presets.values()))
     head_dim = _head_dim(subject.model.config)
     batches = windows.split(options.batch)
@@ -238,6 +169,47 @@ def _text_jobs(
                 )
 
 
+def _question_jobs(
+    options: Options,
+    subject: Subject,
+    name: str,
+    methods: list[Method],
+    presets: dict[str, KVarNConfig],
+) -> Iterator[Job]:
+    task = TEXT_TASKS[name]
+    if name == "humaneval":
+        task = HumanEval(allow_code=options.allow_code)
+    if name == "humaneval" and not options.allow_code:
+        raise InputError(
+            "humaneval runs code that a model wrote on this machine: add --allow-code if that is "
+            "what you want."
+        )
+    path = None if name == "line_text" else options.data_of(name)
+    questions = task.load(path, options.limit, options.seed)
+    presets = options.adjusted(presets)
+    head_dim = _head_dim(subject.model.config)
+    steps = options.max_new_tokens or task.max_new_tokens
+    # Prompts of similar length together: padding is work.
+    order = sorted(questions, key=lambda question: len(question.prompt))
+    for case in _cases(methods, presets):
+        for index in range(0, len(order), options.batch):
+            key = f"{name}_{case.key}_{index}"
+            yield Job(
+                question_piece(
+                    case,
+                    lambda: subject.model,
+                    subject.codec,
+                    task,
+                    order[index : index + options.batch],
+                    steps,
+                    key,
+                    f"{name}, {case.key}",
+                ),
+                "questions",
+                _columns(name, "plain", "free", case, head_dim) | {"batch": str(index)},
+            )
+
+
 def _windows(options: Options, subject: Subject, configs: list[KVarNConfig]) -> Tensor:
     """`[windows, context + 1]` int64 of unseen text."""
     longest = getattr(subject.model.config.get_text_config(decoder=True),
@@ -262,7 +234,7 @@ def _windows(options: Options, subject: Subject, configs: list[KVarNConfig]) -> 
 def _puzzle_jobs(
     options: Options, puzzle: Puzzle, methods: list[Method], presets: dict[str, KVarNConfig]
 ) -> Iterator[Job]:
-    model = load_model(find_model(None, puzzle.model), *_placed(options))
+    model = load_model(find_model(None, puzzle.model), *options.placed())
     head_dim = _head_dim(model.config)
     changes = {"group_size": puzzle.group_size, "num_sink_tokens": puzzle.num_sink_tokens}
     presets = {name: replace(config, **changes) for name, config in presets.items()}

@@ -19,7 +19,9 @@ def draw(
     out: Path, summary: list[Row], positions: list[Row], layers: list[Row], note: str = ""
 ) -> None:
     """Draw every picture for which there are rows."""
-    simulated = [row for row in summary if row["cache"] == "simulated"]
+    # Every error of a prefill is 0.
+    simulated = [r for r in summary if r["cache"] == "simulated" and r["protocol"] != "prefill"]
+    positions = [r for r in positions if r["cache"] == "simulated" and r["protocol"] != "prefill"]
     methods = _ordered(simulated + layers)
     text = [row for row in simulated if row["task"] == "text" and row["metric"] == "kl"]
     if text:
@@ -83,7 +85,6 @@ def _quality_against_bits(path: Path, rows: list[Row], methods: list[str], note:
 
 
 def _error_against_position(path: Path, rows: list[Row], methods: list[str], note: str) -> None:
-    rows = [row for row in rows if row["cache"] == "simulated" and row["protocol"] != "prefill"]
     protocol = "decode" if any(row["protocol"] == "decode" for row in rows) else "pseudo"
     presets = [p for p in dict.fromkeys(row["preset"] for row in rows) if p != "-"][:2]
     figure, panels = new_figure(columns=len(presets))

@@ -16,8 +16,8 @@ __all__ = ["puzzle_piece"]
 
 
 def puzzle_piece(case: Case, load: Callable[[], Any], batch: Batch, key: str, label: str) -> Piece:
-    """`intact` `[n]`: the whole answer is right; `correct` `[n]`: leading tokens that are."""
-    steps = batch.answer.shape[1]
+    """`intact` `[n]`: every answer token is right; `accuracy` `[n]`: share of answers that are."""
+    count, steps = batch.answers.shape[1:]
 
     def run(tick: Tick) -> dict[str, Tensor]:
         model = load()
@@ -31,11 +31,16 @@ def puzzle_piece(case: Case, load: Callable[[], Any], batch: Batch, key: str, la
                     logits_to_keep=1,
                 )
             tick()
-            return free_running(model, cache, batch.question, steps, tick=tick)
+            answers = []
+            for index in range(count):
+                question = batch.questions[:, index]
+                if index:  # the last token of an answer has not been fed yet
+                    question = torch.cat([answers[-1][:, -1:], question], dim=-1)
+                answers.append(free_running(model, cache, question, steps, tick=tick))
+            return torch.stack(answers, dim=1)
 
-        slots = batch.document.shape[1] + batch.question.shape[1] + steps
-        right = case.run(model, slots, body) == batch.answer
-        correct = right.int().cumprod(-1).sum(-1)
-        return {"intact": right.all(-1), "correct": correct}
+        slots = batch.document.shape[1] + count * (batch.questions.shape[2] + steps)
+        right = (case.run(model, slots, body) == batch.answers).all(-1)
+        return {"intact": right.all(-1), "accuracy": right.float().mean(-1)}
 
-    return Piece(key, label, steps + 1, run)
+    return Piece(key, label, count * steps + 1, run)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .attention_error import KINDS
 from .plan import Job
+from .question_runs import answers_of
 from .scores import Errors, Mean, mean_of_means, mean_of_rows, proportion
 
 __all__ = ["Results", "collect", "summary_table", "write_rows"]
@@ -23,17 +24,27 @@ __all__ = ["Results", "collect", "summary_table", "write_rows"]
 _BIN = 64  # positions per line of positions.csv; divides every tile
 _LABELS = ("task", "model", "protocol", "preset", "method", "cache", "bits")
 OUTLIERS_MEAN = "outliers_mean"  # the model column of means over placements
-HEADLINE = {"text": "kl", "chase": "intact", "lines": "intact"}
+HEADLINE = {
+    "text": "kl",
+    "chase": "intact",
+    "lines": "accuracy",
+    "math500": "accuracy",
+    "aime24": "accuracy",
+    "humaneval": "pass@1",
+    "ifeval": "prompt_strict",
+    "line_text": "accuracy",
+}
 
 Row = dict[str, str]
 
 
 class Results(NamedTuple):
-    """Rows of the three files."""
+    """Rows of the files."""
 
     summary: list[Row]
     positions: list[Row]
     layers: list[Row]
+    answers: list[Row]
 
 
 def collect(done: Iterable[tuple[Job, dict[str, Tensor]]]) -> Results:
@@ -41,14 +52,20 @@ def collect(done: Iterable[tuple[Job, dict[str, Tensor]]]) -> Results:
     groups: dict[tuple[str, ...], list[tuple[Job, dict[str, Tensor]]]] = defaultdict(list)
     for job, tensors in done:
         groups[tuple(job.columns[name] for name in _LABELS)].append((job, tensors))
-    results = Results([], [], [])
+    results = Results([], [], [], [])
     for label, members in groups.items():
         columns = dict(zip(_LABELS, label, strict=True))
         first = members[0][0]
         if first.kind == "attention":
             results.layers.extend(_layer_rows(columns, first, members[0][1]))
             continue
-        tensors = {name: torch.cat([part[name] for _, part in members]) for name in members[0][1]}
+        if first.kind == "questions":
+            results.answers.extend(_answer_rows(columns, members))
+        tensors = {
+            name: torch.cat([part[name] for _, part in members])
+            for name in sorted(members[0][1])
+            if name != "answers"
+        }
         for metric, values in tensors.items():
             results.summary.append(_number(columns, metric, _mean(first, metric, values), values))
         if first.kind == "text":
@@ -109,6 +126,10 @@ def _position_rows(columns: Row, positions: range, tensors: dict[str, Tensor]) -
     return rows
 
 
+def _answer_rows(columns: Row, members: list[tuple[Job, dict[str, Tensor]]]) -> list[Row]:
+    return [{**columns, **line} for _, tensors in members for line in answers_of(tensors)]
+
+
 def _layer_rows(columns: Row, job: Job, tensors: dict[str, Tensor]) -> list[Row]:
     """Mean over windows and positions, for each layer and quarter of the context."""
     rows = []
@@ -161,7 +182,7 @@ def summary_table(rows: list[Row]) -> Table:
     for name in ("preset", "method", "cache", "bits"):
         table.add_column(name, no_wrap=True)
     for task, protocol, model in heads:
-        unit = "KL, 10⁻³ nats" if task == "text" else "intact, %"
+        unit = "KL, 10⁻³ nats" if task == "text" else f"{HEADLINE[task]}, %"
         variant = "outliers" if model == OUTLIERS_MEAN else model
         table.add_column(f"{task}, {protocol}\n{variant}\n{unit}", justify="right")
     for line in lines:

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from ..benchmark.results import conditions
 from . import plots
-from .plan import Job, Options, jobs
+from .options import Options
+from .plan import Job, jobs
 from .report import Results, collect, summary_table, write_rows
 from .store import Store
 
 __all__ = ["run_eval"]
 
-FILES = ("summary", "positions", "layers")
+FILES = ("summary", "positions", "layers", "answers")
 
 
 def run_eval(options: Options, console: Console) -> Results:

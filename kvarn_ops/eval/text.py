@@ -33,7 +33,7 @@ class DenseRun:
 
     def __init__(self, model: Callable[[], Any], windows: Tensor, protocol: Protocol) -> None:
         self.model, self.windows, self.protocol = model, windows, protocol
-        self._kept: list[tuple[range, Tensor]] | None = None
+        self._kept: list[tuple[range, Tensor]] = []
 
     @property
     def ids(self) -> Tensor:
@@ -47,18 +47,17 @@ class DenseRun:
 
     def logits(self) -> Iterator[tuple[range, Tensor]]:
         """Positions and logits `[B, s, V]`, in order."""
-        if self._kept is not None:
-            yield from self._kept
-            return
+        if self._kept:
+            return iter(self._kept)
         model = self.model()
         cache = DynamicCache(config=model.config)
-        kept: list[tuple[range, Tensor]] | None = []
-        size = 0
-        for span, logits in teacher_forced(model, cache, self.ids, self.protocol):
-            size += logits.nbytes
-            kept = None if kept is None or size > _KEPT_BYTES else [*kept, (span, logits)]
-            yield span, logits
-        self._kept = kept
+        run = teacher_forced(model, cache, self.ids, self.protocol)
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        positions = len(self.protocol.scored(self.ids.shape[1]))
+        if len(self.ids) * positions * vocabulary * model.dtype.itemsize > _KEPT_BYTES:
+            return run
+        self._kept = list(run)
+        return iter(self._kept)
 
 
 def text_piece(case: Case, dense: DenseRun, key: str, label: str) -> Piece:
@@ -66,12 +65,12 @@ def text_piece(case: Case, dense: DenseRun, key: str, label: str) -> Piece:
     ids = dense.ids
 
     def run(tick: Tick) -> dict[str, Tensor]:
-        model = dense.model()
+        model, references = dense.model(), dense.logits()
 
         def body(cache: Any) -> dict[str, Tensor]:
             parts: list[dict[str, Tensor]] = []
             mine = teacher_forced(model, cache, ids, dense.protocol, tick)
-            for (span, reference), (_, logits) in zip(dense.logits(), mine, strict=True):
+            for (span, reference), (_, logits) in zip(references, mine, strict=True):
                 targets = dense.windows[:, span.start + 1 : span.stop + 1]
                 parts.append(compare_logits(reference, logits, targets))
             return {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}

@@ -156,6 +156,7 @@ def test_a_missing_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("so it must be -3", "-3"),
         ("it costs 1,250.50 dollars.", "1,250.50"),
         ("I do not know.", None),
+        ("\\boxed{" + "\\sqrt{" * 2000 + "}" * 2001, None),
     ],
 )
 def test_the_final_answer_is_found(text: str, answer: str | None) -> None:
@@ -382,7 +383,12 @@ CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
         ["Section 1\na\nSection B"],
     ),
     ("detectable_format:json_format", {}, ['```json\n{"a": 1}\n```', "[1]"], ["{'a': 1}", "{"]),
-    ("detectable_format:title", {}, ["<<A title>>\ntext"], ["<< >> text", "<a>"]),
+    (
+        "detectable_format:title",
+        {},
+        ["<<A title>>\ntext"],
+        ["<< >> text", "<a>", ">>a<<", "<<a\nb>>"],
+    ),
     ("combination:two_responses", {}, ["a\n******\nb"], ["a\n******\na", "a", "a******b******c"]),
     (
         "combination:repeat_prompt",
@@ -433,9 +439,10 @@ def test_strict_and_loose_accuracy(tmp_path: Path) -> None:
         "prompt_loose": 1.0, "instruction_loose": 1.0,
     }  # fmt: skip
     assert set(task.score(question, "Section 1 a\nSection 2 b").values()) == {1.0}
-    bold = ifeval(["detectable_format:title"], [{}])
-    assert task.score(bold, "<*<a>*>")["prompt_strict"] == 0.0
-    assert task.score(bold, "<*<a>*>")["prompt_loose"] == 1.0
+    quoted = ifeval(["startend:quotation"], [{}])
+    for answer in ('Sure:\n"a"', '"a"\nBye', 'Sure:\n"a"\nBye', '*"a"*'):
+        scores = task.score(quoted, answer)
+        assert (scores["prompt_strict"], scores["prompt_loose"]) == (0.0, 1.0), answer
 
 
 @pytest.mark.parametrize(
@@ -466,6 +473,7 @@ def test_line_retrieval_asks_for_one_line_of_many(tmp_path: Path) -> None:
     task = LineText(lines=50)
     questions = task.load(None, 4, 1)
     assert questions == task.load(None, 9, 1)[:4] != task.load(None, 4, 2)
+    assert len({question.reference["number"] for question in questions}) > 1
     for question in questions:
         lines = [line for line in question.prompt.split("\n") if line.startswith("line ")]
         assert len({line.split(":")[0] for line in lines}) == 50

@@ -21,8 +21,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvarn_ops
 from kvarn_ops import cli
-from kvarn_ops.demo import data, decode, report, run
+from kvarn_ops.demo import decode, report, run
 from kvarn_ops.errors import CacheError, InputError, KVarNError
+from kvarn_ops.eval import data
+from kvarn_ops.eval.codec import ByteCodec, load_codec
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 1, 32
 CONTEXT, BATCH, PREFIX = 208, 3, 144  # 128 sinks and half a tile of 32
@@ -170,7 +172,7 @@ def test_a_tokenizer_in_the_directory_is_used(tmp_path):
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", unk_token="<unk>")
     fast.save_pretrained(tmp_path)
-    codec = data._load_codec(tmp_path, 4)
+    codec = load_codec(tmp_path, 4)
     ids = codec.encode(b"yes no yes")
     assert ids.tolist() == [2, 3, 2]
     assert codec.start(ids).tolist() == [0, 2, 3]
@@ -178,7 +180,7 @@ def test_a_tokenizer_in_the_directory_is_used(tmp_path):
 
 
 def test_bytes_survive_and_prompts_end_with_a_line():
-    codec = data.ByteCodec()
+    codec = ByteCodec()
     text = "one\ntwo äöü"
     ids = codec.encode(text.encode())
     assert codec.decode(ids.tolist()) == text
@@ -232,7 +234,7 @@ def test_an_output_path_that_is_a_file_is_refused(model_dir, text_file):
 
 def test_a_model_without_tokenizer_that_is_not_of_bytes_is_refused(tmp_path):
     with pytest.raises(InputError, match="no tokenizer"):
-        data._load_codec(tmp_path, 32_000)
+        load_codec(tmp_path, 32_000)
 
 
 def test_an_installation_without_a_model_asks_for_one(tmp_path, monkeypatch):
@@ -297,7 +299,7 @@ def test_the_first_difference_is_marked(other, same, mark):
     texts = {"dense": [97, 98, 99], "k2v2": [96 + i for i in other]}
     assert report.agreeing(texts["dense"], texts["k2v2"]) == same
     console = Console(file=io.StringIO(), width=100)
-    console.print(report.continuation_panels([100], texts, data.ByteCodec(), console))
+    console.print(report.continuation_panels([100], texts, ByteCodec(), console))
     text = console.file.getvalue()
     assert ("◆" in text or "<#>" in text) == mark
     assert ("the same as dense" in text) != mark

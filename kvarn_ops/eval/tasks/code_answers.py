@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,7 +197,9 @@ def _cut(code: str, definition: re.Pattern[str]) -> str:
     lines = code.split("\n")
     start = code.count("\n", 0, found.start())
     try:
-        nodes = ast.parse(code).body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # escapes such as "\d"
+            nodes = ast.parse(code).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # prose behind the function
         ends = (i for i in range(start + 1, len(lines)) if lines[i][:1] not in _INSIDE)
     else:

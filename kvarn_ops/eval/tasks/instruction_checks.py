@@ -152,7 +152,7 @@ def _nth_paragraph_first_word(text: str, arguments: Arguments) -> bool:
 
 
 def _number_placeholders(text: str, arguments: Arguments) -> bool:
-    return len(re.findall(r"\[.*?\]", text)) >= arguments["num_placeholders"]
+    return len(re.findall(r"\[[^\[\]\n]*\]", text)) >= arguments["num_placeholders"]
 
 
 def _postscript(text: str, arguments: Arguments) -> bool:
@@ -190,7 +190,8 @@ def _json_format(text: str, arguments: Arguments) -> bool:
 
 
 def _title(text: str, arguments: Arguments) -> bool:
-    return any(title.strip("<> \t") for title in re.findall(r"<<([^\n]+?)>>", text))
+    titles = (line[line.find("<<") : line.rfind(">>")] for line in text.split("\n") if "<<" in line)
+    return any(title.strip("<> \t") for title in titles)
 
 
 def _two_responses(text: str, arguments: Arguments) -> bool:

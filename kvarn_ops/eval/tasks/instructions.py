@@ -59,11 +59,7 @@ class IFEval:
                 f"{row.where}: 'instruction_id_list' and 'kwargs' must be lists of names and "
                 "of objects: give the file as it was published."
             )
-        # Some copies list every argument of every instruction, with null for those not used.
-        arguments = [
-            {name: value for name, value in (given or {}).items() if value is not None}
-            for given in arguments
-        ]
+        arguments = [given or {} for given in arguments]
         _check(row.where, names, arguments)
         return Question(
             id=str(row.get("key")),

@@ -26,6 +26,7 @@ __all__ = ["AIME24", "MATH500", "as_number", "final_answer", "normalize", "same_
 
 _REQUEST = "\n\nSolve this step by step, and end with the final answer in \\boxed{}."
 
+_LONGEST = 1000
 _DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _NUMBER = re.compile(
     rf"^(-?)(?:(\d+)?\\frac\{{(-?{_DECIMAL})\}}\{{(-?{_DECIMAL})\}}|({_DECIMAL}))$"
@@ -93,7 +94,15 @@ _SHORT_LEFT_SIDE = re.compile(r"(^|,)[a-zA-Z](?:_\w+)?(?:\([\w,]*\))?=")
 
 
 def final_answer(text: str) -> str | None:
-    """The final answer as it stands in a text, None if there is nothing like one."""
+    """The final answer as it stands in a text, None if there is nothing like one.
+
+    What is longer than 1000 characters is none.
+    """
+    answer = _find_answer(text)
+    return answer if answer is not None and len(answer) <= _LONGEST else None
+
+
+def _find_answer(text: str) -> str | None:
     boxes = [box for found in _BOX.finditer(text) if (box := _boxed(text, found.end()))]
     if boxes:
         return boxes[-1]
@@ -113,7 +122,7 @@ def final_answer(text: str) -> str | None:
 
 
 def same_answer(given: str, wanted: str) -> bool:
-    """Whether two answers are equal, as far as the module's text says; the second is the reference.
+    """Whether an answer equals the reference, as far as the module's text says.
 
     "x = 5" is 5 on either side; "2 + 3 = 5" is 5 only as the given answer.
     """
@@ -145,15 +154,12 @@ def normalize(text: str) -> str:
 def as_number(text: str) -> Fraction | None:
     """The exact value of a normal form that is an integer, decimal, fraction or mixed number."""
     found = _NUMBER.match(text)
-    if not found or len(text) > 1000:
+    if not found or len(text) > _LONGEST:
         return None
     sign, whole, above, below, plain = found.groups()
-    if plain is None:
-        if Fraction(below) == 0:
-            return None
-        value = Fraction(above) / Fraction(below) + int(whole or 0)
-    else:
-        value = Fraction(plain)
+    if plain is None and Fraction(below) == 0:
+        return None
+    value = Fraction(plain or above) / Fraction(below or 1) + int(whole or 0)
     return -value if sign else value
 
 
@@ -209,10 +215,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def _parts(text: str) -> tuple[str, list[str]] | None:
-    """What joins the parts of a list, and the parts; None for what is no list.
-
-    A set and a list without brackets are the same kind.
-    """
+    """The brackets of a list ("" for a set) and its parts, None for what is no list."""
     union = _split(text, r"\cup")
     if len(union) > 1:
         return r"\cup", union

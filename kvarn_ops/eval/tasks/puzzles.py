@@ -1,4 +1,4 @@
-"""The generated tasks as the evaluation runs them: a document, a question, an answer of ids."""
+"""The generated tasks as the evaluation runs them: a document, then questions about it."""
 
 from __future__ import annotations
 
@@ -12,41 +12,42 @@ from . import chase, lines
 
 __all__ = ["PUZZLES", "Batch", "Puzzle"]
 
+_QUESTIONS_ABOUT_LINES = 32
+
 
 class Batch(NamedTuple):
-    """`document` `[n, d]`, `question` `[n, q]`, `answer` `[n, a]`, int64."""
+    """`document` `[n, d]`, `questions` `[n, k, q]`, `answers` `[n, k, a]`, int64."""
 
     document: Tensor
-    question: Tensor
-    answer: Tensor
+    questions: Tensor
+    answers: Tensor
 
 
 class Puzzle(NamedTuple):
     """A task with a model of its own among the examples.
 
-    The document is fed first and quantized, then the question is asked: fed together, the answer's
-    first token would read the exact document.
+    The document is fed first and quantized, then questions are asked, one after the other: fed
+    together, the answer's first token would read the exact document.
     """
 
     name: str
     model: str  # folder in examples/
     length: int  # edges, or lines
-    group_size: int  # tokens per tile: prompts are short
-    num_sink_tokens: int
+    group_size: int  # tokens per tile: documents are short
+    num_sink_tokens: int  # the paper's choice for short prompts
     make: Callable[[int, int, torch.Generator], Batch]  # (count, length, generator)
 
 
 def _chase(count: int, length: int, generator: torch.Generator) -> Batch:
     prompts, answers = chase.make_chases(count, length, generator)
-    return Batch(prompts[:, :-2], prompts[:, -2:], answers)
+    return Batch(prompts[:, :-2], prompts[:, None, -2:], answers.unsqueeze(1))
 
 
 def _lines(count: int, length: int, generator: torch.Generator) -> Batch:
-    prompts, questions, answers = lines.make_lines(count, length, 1, generator)
-    return Batch(prompts, questions[:, 0], answers[:, 0])
+    return Batch(*lines.make_lines(count, length, _QUESTIONS_ABOUT_LINES, generator))
 
 
 PUZZLES = {
-    "chase": Puzzle("chase", "chase_model", chase.LONGEST, 64, 0, _chase),
-    "lines": Puzzle("lines", "lines_model", 288, 64, 32, _lines),
+    "chase": Puzzle("chase", "chase_model", chase.LONGEST, 64, 32, _chase),
+    "lines": Puzzle("lines", "lines_model", 640, 64, 32, _lines),
 }
