@@ -58,7 +58,7 @@ def chase_batch(count: int, length: int, generator: torch.Generator) -> Batch:
 def lines_batch(count: int, length: int, generator: torch.Generator) -> Batch:
     """Documents with many questions, so that one document teaches a lot."""
     documents, questions, answers = lines.make_lines(
-        count, length, min(length, QUESTIONS), generator
+        count, length, min(length, QUESTIONS), generator, min(2 * length, lines.NAMES)
     )
     turns = torch.cat([questions, answers], dim=-1)
     targets = torch.full_like(turns, -100)
@@ -73,7 +73,7 @@ TASKS = {
         lambda n: 4 * n + 1, chase_batch,
     ),
     "lines": Task(
-        lines.VOCAB_SIZE, (16, 32, 64, 128, 256, 640), (256, 640), 2048,
+        lines.VOCAB_SIZE, (4, 8, 16, 32, 64, 128, 240), (128, 240), 1024,
         lambda n: 3 * (n + min(n, QUESTIONS)), lines_batch,
     ),
 }  # fmt: skip

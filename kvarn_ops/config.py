@@ -45,8 +45,9 @@ class KVarNConfig:
         Iterations of the variance normalization. None: 8 for `paper`, 2 for `plus`.
     encoder : {"plus", "paper"}
         `paper` is Algorithm 1 of arXiv 2606.03458 with min-max rounding, as published. `plus`
-        stores the same bytes, chosen better: amplitude-independent normalization, clipping by
-        squared error, and a correction that keeps each token's norm.
+        stores the same bytes, chosen better: channels are equalized before the rotation,
+        normalization does not depend on amplitude, rows are clipped by squared error, and each
+        token keeps its norm.
     scale_dtype : {"fp16"}
         Storage of scales and zero points.
     rotate_keys, rotate_values : bool
@@ -137,6 +138,11 @@ class KVarNConfig:
             return self.num_norm_iters
         return 8 if self.encoder == "paper" else 2
 
+    @property
+    def equalizes(self) -> bool:
+        """Whether channels are divided by factors of their own before the rotation."""
+        return self.encoder == "plus"
+
     def num_tiles(self, length: int) -> int:
         """Number of quantized tiles of a sequence of `length` tokens."""
         return max(0, (length - self.num_sink_tokens - self.tail_tokens) // self.group_size)
@@ -163,6 +169,11 @@ class KVarNConfig:
         codes = self.group_size * head_dim * (self.key_bits + self.value_bits) // 8
         return codes + 3 * _SCALE_BYTES * (self.group_size + head_dim)
 
+    @staticmethod
+    def equalizer_bytes(head_dim: int) -> int:
+        """Bytes of the equalizers of one KV head of one sequence, K and V."""
+        return 2 * head_dim * _SCALE_BYTES
+
     def bytes_per_token(self, head_dim: int, num_kv_heads: int) -> float:
         """Bytes that one quantized token takes in one layer, K and V of all KV heads together."""
         return num_kv_heads * self.tile_bytes(head_dim) / self.group_size
@@ -172,7 +183,7 @@ class KVarNConfig:
         return self.tile_bytes(head_dim) * 8 / (2 * self.group_size * head_dim)
 
     def compression_ratio(self, head_dim: int, context_len: int) -> float:
-        """Bytes of a 16-bit cache over bytes of this one, sinks and tail counted.
+        """Bytes of a 16-bit cache over bytes of this one, sinks, tail and equalizers counted.
 
         Parameters
         ----------
@@ -184,7 +195,8 @@ class KVarNConfig:
         token = 2 * head_dim * _DENSE_BYTES
         dense_slots = self.num_sink_tokens + self.ring_len
         packed = self.allocated_tiles(context_len) * self.tile_bytes(head_dim)
-        return context_len * token / (dense_slots * token + packed)
+        fixed = dense_slots * token + self.equalizer_bytes(head_dim)
+        return context_len * token / (fixed + packed)
 
     def to_string(self) -> str:
         """The whole config as one line: the form in which ops and exported programs carry it."""

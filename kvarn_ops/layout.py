@@ -15,12 +15,14 @@ of that word's plane `i`.
     v_channel_scale   [B, H, N, D]                      fp16
     k_sink, v_sink    [B, H, num_sink_tokens, D]        model dtype, not rotated
     k_tail, v_tail    [B, H, ring_len, D]               model dtype, not rotated, ring by position
+    k_equalizer, v_equalizer  [B, H, D]                 fp16   log2 of a factor per channel
     seq_lens          [B]                               int64
 
-with `x = (code - center + offset) * scale * other_scale`, then the inverse rotation, where
-`center = (2**bits - 1) / 2`: the offset of a symmetric row is near 0, where fp16 is precise. The
-token at position `p >= num_sink_tokens` lies in ring slot `(p - num_sink_tokens) % ring_len` while
-it is in the tail.
+with `x = (code - center + offset) * scale * other_scale`, then the inverse rotation, then
+`x * 2**equalizer` per channel, where `center = (2**bits - 1) / 2`: the offset of a symmetric row is
+near 0, where fp16 is precise. A row's equalizer is made from its first tile and stays; zeros are no
+equalization. It also holds for tiles that the row shares with others. The token at position
+`p >= num_sink_tokens` lies in ring slot `(p - num_sink_tokens) % ring_len` while it is in the tail.
 """
 
 from __future__ import annotations
@@ -81,6 +83,8 @@ class TileCache(NamedTuple):
     v_sink: Tensor
     k_tail: Tensor
     v_tail: Tensor
+    k_equalizer: Tensor
+    v_equalizer: Tensor
     seq_lens: Tensor
 
     def rows(self, start: int, count: int) -> TileCache:
@@ -158,6 +162,8 @@ def allocate(
         v_sink=zeros(sinks, head_dim, kind=dtype),
         k_tail=zeros(ring, head_dim, kind=dtype),
         v_tail=zeros(ring, head_dim, kind=dtype),
+        k_equalizer=zeros(head_dim, kind=half),
+        v_equalizer=zeros(head_dim, kind=half),
         seq_lens=torch.zeros(batch_size, dtype=torch.int64, device=device),
     )
 

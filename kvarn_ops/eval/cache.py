@@ -46,6 +46,7 @@ class MethodLayer(DynamicLayer):
         self.length = 0
         self._starts = starts
         self._tiles_done: dict[int, int] = {}  # by start
+        self._first: dict[int, list[Tensor]] = {}  # exact first tiles of K and V, by start
         self._storage: tuple[Tensor, Tensor] | None = None
 
     def update(
@@ -77,12 +78,18 @@ class MethodLayer(DynamicLayer):
             first = start + self.config.num_sink_tokens + done * self.config.group_size
             span = slice(first, first + (ready - done) * self.config.group_size)
             rows = [row for row, value in enumerate(starts) if value == start]
-            for stored, quantize in zip(
-                self._storage, (self.method.keys, self.method.values), strict=True
+            if done == 0:
+                group = slice(first, first + self.config.group_size)
+                self._first[start] = [x[rows, :, group].float() for x in self._storage]
+            for stored, origin, quantize in zip(
+                self._storage,
+                self._first[start],
+                (self.method.keys, self.method.values),
+                strict=True,
             ):
                 # Tiles go through one at a time: temporaries stay small in a long prefill.
                 for tile in stored[rows, :, span].split(self.config.group_size, dim=2):
-                    tile.copy_(quantize(tile.float(), self.config))
+                    tile.copy_(quantize(tile.float(), origin, self.config))
                     stored[rows, :, first : first + self.config.group_size] = tile
                     first += self.config.group_size
                 first = span.start

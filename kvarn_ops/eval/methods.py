@@ -11,14 +11,15 @@ from torch import Tensor
 from ..config import KVarNConfig
 from ..errors import InputError
 from ..reference.decode import decode_keys, decode_values
-from ..reference.encode import encode_keys, encode_values
+from ..reference.encode import encode_keys, encode_values, first_equalizer
 from . import baselines
 from .baselines import SCALE_BITS
 from .variants import VARIANTS
 
 __all__ = ["DEFAULT_METHODS", "METHODS", "Method", "parse_methods"]
 
-Quantize = Callable[[Tensor, KVarNConfig], Tensor]
+# (tile, first tile of the sequence, config) -> what is read back, all [..., G, D] fp32
+Quantize = Callable[[Tensor, Tensor, KVarNConfig], Tensor]
 
 
 class Method(NamedTuple):
@@ -46,12 +47,15 @@ def _mean_bits(config: KVarNConfig) -> float:
 
 
 def _none() -> Method:
-    return Method("none", lambda x, c: x, lambda x, c: x, lambda c, d: 16.0)
+    return Method("none", lambda x, first, c: x, lambda x, first, c: x, lambda c, d: 16.0)
 
 
 def _fp8() -> Method:
     return Method(
-        "fp8", lambda x, c: baselines.fp8(x), lambda x, c: baselines.fp8(x), lambda c, d: 8.0
+        "fp8",
+        lambda x, first, c: baselines.fp8(x),
+        lambda x, first, c: baselines.fp8(x),
+        lambda c, d: 8.0,
     )
 
 
@@ -59,8 +63,8 @@ def _rtn() -> Method:
     """Round to nearest per token: one scale and zero point over head_dim."""
     return Method(
         "rtn",
-        lambda x, c: baselines.round_to_nearest(x, c.key_bits, -1),
-        lambda x, c: baselines.round_to_nearest(x, c.value_bits, -1),
+        lambda x, first, c: baselines.round_to_nearest(x, c.key_bits, -1),
+        lambda x, first, c: baselines.round_to_nearest(x, c.value_bits, -1),
         lambda c, d: _mean_bits(c) + 2 * SCALE_BITS / d,
     )
 
@@ -75,8 +79,8 @@ def _kivi(group: int) -> Method:
 
     return Method(
         f"kivi_g{group}",
-        lambda x, c: baselines.round_to_nearest_groups(x, c.key_bits, -2, group),
-        lambda x, c: baselines.round_to_nearest_groups(x, c.value_bits, -1, group),
+        lambda x, first, c: baselines.round_to_nearest_groups(x, c.key_bits, -2, group),
+        lambda x, first, c: baselines.round_to_nearest_groups(x, c.value_bits, -1, group),
         bits,
     )
 
@@ -84,11 +88,11 @@ def _kivi(group: int) -> Method:
 def _hadamard() -> Method:
     """KVarN without the normalization: rotate, K per channel of a tile, V per token."""
 
-    def keys(tile: Tensor, config: KVarNConfig) -> Tensor:
+    def keys(tile: Tensor, first: Tensor, config: KVarNConfig) -> Tensor:
         x, matrix = baselines.rotated(tile)
         return baselines.round_to_nearest(x, config.key_bits, -2) @ matrix.mT
 
-    def values(tile: Tensor, config: KVarNConfig) -> Tensor:
+    def values(tile: Tensor, first: Tensor, config: KVarNConfig) -> Tensor:
         x, matrix = baselines.rotated(tile)
         return baselines.round_to_nearest(x, config.value_bits, -1) @ matrix.mT
 
@@ -103,20 +107,22 @@ def _hadamard() -> Method:
 def _turbo() -> Method:
     return Method(
         "turbo",
-        lambda x, c: baselines.turbo(x, c.key_bits),
-        lambda x, c: baselines.turbo(x, c.value_bits),
+        lambda x, first, c: baselines.turbo(x, c.key_bits),
+        lambda x, first, c: baselines.turbo(x, c.value_bits),
         lambda c, d: _mean_bits(c) + SCALE_BITS / d,
     )
 
 
 def _product(encoder: str) -> Method:
-    def keys(tile: Tensor, config: KVarNConfig) -> Tensor:
+    def keys(tile: Tensor, first: Tensor, config: KVarNConfig) -> Tensor:
         config = replace(config, encoder=encoder, num_norm_iters=None)
-        return decode_keys(encode_keys(tile, config), config)
+        factors = first_equalizer(first, config)
+        return decode_keys(encode_keys(tile, config, None, factors), config, None, factors)
 
-    def values(tile: Tensor, config: KVarNConfig) -> Tensor:
+    def values(tile: Tensor, first: Tensor, config: KVarNConfig) -> Tensor:
         config = replace(config, encoder=encoder, num_norm_iters=None)
-        return decode_values(encode_values(tile, config), config)
+        factors = first_equalizer(first, config)
+        return decode_values(encode_values(tile, config, None, factors), config, None, factors)
 
     return Method(encoder, keys, values, lambda c, d: c.effective_bits(d), encoder)
 

@@ -15,7 +15,7 @@ from ..config import KVarNConfig
 from ..hadamard import hadamard
 from ..layout import center
 from ..reference.encode import sanitize
-from ..reference.normalize import gauge_exponent, normalize_plus
+from ..reference.normalize import EQUALIZE_POWER, equalizer, gauge_exponent, normalize_plus
 
 __all__ = ["VARIANTS", "Variant"]
 
@@ -30,6 +30,8 @@ class Variant:
 
     Parameters
     ----------
+    equalize_keys, equalize_values : float
+        Power of a channel's RMS by which it is divided before the rotation; 0: not at all.
     iters : int
         Iterations of the variance normalization.
     candidates : int
@@ -49,6 +51,8 @@ class Variant:
         "fp16" or "log8"; `token_scale` goes before the others for the scale that tokens have.
     """
 
+    equalize_keys: float = EQUALIZE_POWER
+    equalize_values: float = EQUALIZE_POWER
     iters: int = 2
     candidates: int = 8
     refits: int = 0
@@ -62,18 +66,20 @@ class Variant:
     column_scale: str = "fp16"
     token_scale: str = "fp16"
 
-    def keys(self, tile: Tensor, config: KVarNConfig) -> Tensor:
+    def keys(self, tile: Tensor, first: Tensor, config: KVarNConfig) -> Tensor:
         """`[..., G, D]` as it would be read back."""
-        x, matrix = _rotate(tile, self.rotate_keys)
+        factors = _factors(first, self.equalize_keys)
+        x, matrix = _rotate(tile / factors, self.rotate_keys)
         by_channel = self.key_rows == "channel"
         x = x.mT if by_channel else x
         y = self._restore(x, config.key_bits, self.key_zero, not by_channel)
-        return (y.mT if by_channel else y) @ matrix.mT
+        return (y.mT if by_channel else y) @ matrix.mT * factors
 
-    def values(self, tile: Tensor, config: KVarNConfig) -> Tensor:
+    def values(self, tile: Tensor, first: Tensor, config: KVarNConfig) -> Tensor:
         """`[..., G, D]` as it would be read back."""
-        x, matrix = _rotate(tile, self.rotate_values)
-        return self._restore(x, config.value_bits, self.value_zero, True) @ matrix.mT
+        factors = _factors(first, self.equalize_values)
+        x, matrix = _rotate(tile / factors, self.rotate_values)
+        return self._restore(x, config.value_bits, self.value_zero, True) @ matrix.mT * factors
 
     def bits(self, config: KVarNConfig, head_dim: int) -> float:
         """Bits per element, mean of K and V."""
@@ -142,6 +148,12 @@ class Variant:
         return best_scale, best_zero
 
 
+def _factors(first: Tensor, power: float) -> Tensor:
+    """`[..., 1, D]` by which channels are divided."""
+    log = equalizer(sanitize(first)).to(first.dtype)
+    return torch.exp2(log * (power / EQUALIZE_POWER)).unsqueeze(-2)
+
+
 def _rotate(tile: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
     tile = sanitize(tile)
     width = tile.shape[-1]
@@ -193,6 +205,11 @@ _INT8_ZEROS = {"key_zero": "int8", "value_zero": "int8"}
 _LOG8 = {"row_scale": "log8", "column_scale": "log8"}
 VARIANTS = {
     "same": Variant(),
+    "unequalized": Variant(equalize_keys=0, equalize_values=0),
+    "equalize_k": Variant(equalize_values=0),
+    "equalize_v": Variant(equalize_keys=0),
+    "equalize_025": Variant(equalize_keys=0.25, equalize_values=0.25),
+    "equalize_075": Variant(equalize_keys=0.75, equalize_values=0.75),
     "paper_rounding": Variant(candidates=1, keep_norm=False),
     "clip_only": Variant(keep_norm=False),
     "norm_only": Variant(candidates=1),

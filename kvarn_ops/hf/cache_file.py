@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "save"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no equalizers
 _HEADER = "kvarn_cache"
 
 # Fields of a model's config that do not change what its keys and values are.
@@ -199,6 +199,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 raise CacheError(
                     f"{path.name} has format version {version}, this package reads up to "
                     f"{FORMAT_VERSION}: upgrade kvarn-ops."
+                )
+            if version < FORMAT_VERSION:
+                raise CacheError(
+                    f"{path.name} has format version {version}, this package reads version "
+                    f"{FORMAT_VERSION}: fill a new cache."
                 )
             return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:

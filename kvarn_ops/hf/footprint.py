@@ -114,7 +114,7 @@ class Footprint:
     def _packed_layer(self, layer: LayerShape, tiles: int, batch: int) -> int:
         config, heads, width = self.config, layer.num_kv_heads, layer.head_dim
         exact = (config.num_sink_tokens + config.ring_len) * 2 * width * self.dtype.itemsize
-        row = heads * (tiles * config.tile_bytes(width) + exact)
+        row = heads * (tiles * config.tile_bytes(width) + exact + config.equalizer_bytes(width))
         lengths = 2 * _LENGTH_BYTES  # the row's length, and the longest it has been
         return batch * (row + lengths) + _LENGTH_BYTES  # and the slots used so far
 

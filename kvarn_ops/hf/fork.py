@@ -62,6 +62,8 @@ def copy_live(
     shift = skipped * config.group_size
     new.k_tail.copy_(_rolled(old.k_tail, shift).repeat_interleave(copies, dim=0))
     new.v_tail.copy_(_rolled(old.v_tail, shift).repeat_interleave(copies, dim=0))
+    new.k_equalizer.copy_(old.k_equalizer.repeat_interleave(copies, dim=0))
+    new.v_equalizer.copy_(old.v_equalizer.repeat_interleave(copies, dim=0))
     new.seq_lens.copy_(old.seq_lens.repeat_interleave(copies) - shift)
 
 
@@ -94,6 +96,8 @@ def merged(layer: KVarNLayer) -> tuple[TileCache, Tensor]:
         own.v_sink,
         _rolled(own.k_tail, -shift),
         _rolled(own.v_tail, -shift),
+        own.k_equalizer,
+        own.v_equalizer,
         own.seq_lens + shift,
     )
     return tiles, layer._high_water + shift

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import KVarNConfig
 from ..layout import TileCache
-from ..reference.encode import encode_keys, encode_values
+from ..reference.encode import encode_keys, encode_values, first_equalizer
 from .library import CACHE_ARGS, CACHE_MUTATED_ARGS, CACHE_RETURNS, define
 from .validate import check_capacity, check_new_tokens
 
@@ -136,8 +136,11 @@ def _write_tiles(
     rotation: Tensor,
     config: KVarNConfig,
 ) -> None:
-    encoded_k = encode_keys(keys, config, rotation)
-    encoded_v = encode_values(values, config, rotation)
+    if start == 0 and config.equalizes:
+        _equalize(cache.k_equalizer, keys[:, :, 0], config)
+        _equalize(cache.v_equalizer, values[:, :, 0], config)
+    encoded_k = encode_keys(keys, config, rotation, cache.k_equalizer.unsqueeze(2))
+    encoded_v = encode_values(values, config, rotation, cache.v_equalizer.unsqueeze(2))
     live = cache.tiles(start, keys.shape[2])
     for target, source in (
         (live.k_codes, encoded_k.codes),
@@ -148,6 +151,12 @@ def _write_tiles(
         (live.v_channel_scale, encoded_v.other_scale),
     ):
         target.copy_(source)
+
+
+def _equalize(stored: Tensor, first_tile: Tensor, config: KVarNConfig) -> None:
+    """Set the equalizers `[b, H, D]` of rows that have none; a fork keeps that of its origin."""
+    fresh = first_equalizer(first_tile, config)
+    stored.copy_(torch.where(stored.any(-1, keepdim=True), stored, fresh))
 
 
 def _append_functional(

@@ -143,7 +143,11 @@ def _attend_block(
         dense = dense_part(rows, cache, k_new, v_new, new_visible, limit, softcap, config)
     parts = [dense]
 
-    rotated = rows @ rotation if config.rotate_keys else rows
+    rotated = rows
+    if config.equalizes:
+        rotated = rotated * torch.exp2(cache.k_equalizer.float()).unsqueeze(2)
+    if config.rotate_keys:
+        rotated = rotated @ rotation
     packed = None
     for start, count in chunks:
         tiles = cache.tiles(start, count).on(q.device)
@@ -160,9 +164,10 @@ def _attend_block(
         part = _attend_shared(rotated, shared, softcap, config, dot)
         packed = part if packed is None else _merge(packed, part)
     if packed is not None:
-        if config.rotate_values:
-            packed = packed._replace(out=packed.out @ rotation.mT)
-        parts.append(packed)
+        out = packed.out @ rotation.mT if config.rotate_values else packed.out
+        if config.equalizes:
+            out = out * torch.exp2(cache.v_equalizer.float()).unsqueeze(2)
+        parts.append(packed._replace(out=out))
 
     merged = parts[0] if len(parts) == 1 else _merge(*parts)
     total = merged.total

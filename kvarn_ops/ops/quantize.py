@@ -14,22 +14,29 @@ from .validate import check_tiles
 
 __all__ = ["dequantize_keys", "dequantize_values", "quantize_keys", "quantize_values"]
 
-_QUANTIZE = "(Tensor tiles, Tensor rotation, str config) -> (Tensor, Tensor, Tensor)"
+_QUANTIZE = (
+    "(Tensor tiles, Tensor rotation, Tensor? equalizer, str config) -> (Tensor, Tensor, Tensor)"
+)
 _DEQUANTIZE = (
-    "(Tensor codes, Tensor affine, Tensor other_scale, Tensor rotation, str config) -> Tensor"
+    "(Tensor codes, Tensor affine, Tensor other_scale, Tensor rotation, Tensor? equalizer, "
+    "str config) -> Tensor"
 )
 
 
-def _quantize_keys(tiles: Tensor, rotation: Tensor, config: str) -> EncodedTiles:
+def _quantize_keys(
+    tiles: Tensor, rotation: Tensor, equalizer: Tensor | None, config: str
+) -> EncodedTiles:
     parsed = KVarNConfig.from_string(config)
     check_tiles(tiles, parsed)
-    return _owned(encode_keys(tiles, parsed, rotation))
+    return _owned(encode_keys(tiles, parsed, rotation, equalizer))
 
 
-def _quantize_values(tiles: Tensor, rotation: Tensor, config: str) -> EncodedTiles:
+def _quantize_values(
+    tiles: Tensor, rotation: Tensor, equalizer: Tensor | None, config: str
+) -> EncodedTiles:
     parsed = KVarNConfig.from_string(config)
     check_tiles(tiles, parsed)
-    return _owned(encode_values(tiles, parsed, rotation))
+    return _owned(encode_values(tiles, parsed, rotation, equalizer))
 
 
 def _owned(encoded: EncodedTiles) -> EncodedTiles:
@@ -38,24 +45,40 @@ def _owned(encoded: EncodedTiles) -> EncodedTiles:
 
 
 def _dequantize_keys(
-    codes: Tensor, affine: Tensor, other_scale: Tensor, rotation: Tensor, config: str
+    codes: Tensor,
+    affine: Tensor,
+    other_scale: Tensor,
+    rotation: Tensor,
+    equalizer: Tensor | None,
+    config: str,
 ) -> Tensor:
     parsed = KVarNConfig.from_string(config)
-    return decode_keys(EncodedTiles(codes, affine, other_scale), parsed, rotation).contiguous()
+    tiles = EncodedTiles(codes, affine, other_scale)
+    return decode_keys(tiles, parsed, rotation, equalizer).contiguous()
 
 
 def _dequantize_values(
-    codes: Tensor, affine: Tensor, other_scale: Tensor, rotation: Tensor, config: str
+    codes: Tensor,
+    affine: Tensor,
+    other_scale: Tensor,
+    rotation: Tensor,
+    equalizer: Tensor | None,
+    config: str,
 ) -> Tensor:
     parsed = KVarNConfig.from_string(config)
-    return decode_values(EncodedTiles(codes, affine, other_scale), parsed, rotation).contiguous()
+    tiles = EncodedTiles(codes, affine, other_scale)
+    return decode_values(tiles, parsed, rotation, equalizer).contiguous()
 
 
-def _quantize_keys_fake(tiles: Tensor, rotation: Tensor, config: str) -> EncodedTiles:
+def _quantize_keys_fake(
+    tiles: Tensor, rotation: Tensor, equalizer: Tensor | None, config: str
+) -> EncodedTiles:
     return _fake_encoded(tiles, -2, -1, KVarNConfig.from_string(config).key_bits)
 
 
-def _quantize_values_fake(tiles: Tensor, rotation: Tensor, config: str) -> EncodedTiles:
+def _quantize_values_fake(
+    tiles: Tensor, rotation: Tensor, equalizer: Tensor | None, config: str
+) -> EncodedTiles:
     return _fake_encoded(tiles, -1, -2, KVarNConfig.from_string(config).value_bits)
 
 
@@ -69,7 +92,12 @@ def _fake_encoded(tiles: Tensor, row_dim: int, packed_dim: int, bits: int) -> En
 
 
 def _dequantize_keys_fake(
-    codes: Tensor, affine: Tensor, other_scale: Tensor, rotation: Tensor, config: str
+    codes: Tensor,
+    affine: Tensor,
+    other_scale: Tensor,
+    rotation: Tensor,
+    equalizer: Tensor | None,
+    config: str,
 ) -> Tensor:
     return affine.new_empty(
         (*codes.shape[:-2], codes.shape[-2], affine.shape[-1]), dtype=torch.float32
@@ -77,7 +105,12 @@ def _dequantize_keys_fake(
 
 
 def _dequantize_values_fake(
-    codes: Tensor, affine: Tensor, other_scale: Tensor, rotation: Tensor, config: str
+    codes: Tensor,
+    affine: Tensor,
+    other_scale: Tensor,
+    rotation: Tensor,
+    equalizer: Tensor | None,
+    config: str,
 ) -> Tensor:
     return affine.new_empty(
         (*codes.shape[:-2], affine.shape[-1], codes.shape[-2]), dtype=torch.float32

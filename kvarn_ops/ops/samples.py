@@ -97,10 +97,12 @@ def _samples(
 
     rotation = hadamard(_DIM, device=device)
     if "quantize" in op_name:
-        args: tuple[Any, ...] = (randn(2, config.group_size, _DIM), rotation, line)
+        equalizer = randn(2, _DIM).half() if config.equalizes else None
+        options = (rotation, equalizer, line)
+        args: tuple[Any, ...] = (randn(2, config.group_size, _DIM), *options)
         if op_name.startswith("de"):
             quantize = getattr(torch.ops.kvarn, op_name.removeprefix("de"))
-            args = (*quantize(*args), rotation, line)
+            args = (*quantize(*args), *options)
         yield args, {}
         return
     queries_heads = 2 * _HEADS

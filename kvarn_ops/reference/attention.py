@@ -47,12 +47,12 @@ def read_row(
     slots = (body % config.ring_len).to(cache.k_tail.device)
     k = [
         cache.k_sink[row, :, : min(length, sinks)].float(),
-        decode_keys(keys, config, rotation).flatten(1, 2),
+        decode_keys(keys, config, rotation, cache.k_equalizer[row].unsqueeze(1)).flatten(1, 2),
         cache.k_tail[row].index_select(1, slots).float(),
     ]
     v = [
         cache.v_sink[row, :, : min(length, sinks)].float(),
-        decode_values(values, config, rotation).flatten(1, 2),
+        decode_values(values, config, rotation, cache.v_equalizer[row].unsqueeze(1)).flatten(1, 2),
         cache.v_tail[row].index_select(1, slots).float(),
     ]
     return torch.cat(k, dim=1), torch.cat(v, dim=1)

@@ -1,4 +1,4 @@
-"""Encode tiles: rotate, normalize, round to nearest, absorb the scales.
+"""Encode tiles: equalize (`plus`), rotate, normalize, round to nearest, absorb the scales.
 
 Both encoders store the same fields, so that everything that reads a cache is independent of the
 encoder (`paper` or `plus`).
@@ -15,9 +15,9 @@ from ..config import KVarNConfig
 from ..errors import InputError
 from ..hadamard import hadamard
 from ..layout import center, pack_codes
-from .normalize import gauge_exponent, normalize_paper, normalize_plus
+from .normalize import equalizer, gauge_exponent, normalize_paper, normalize_plus
 
-__all__ = ["EncodedTiles", "encode_keys", "encode_values", "sanitize"]
+__all__ = ["EncodedTiles", "encode_keys", "encode_values", "first_equalizer", "sanitize"]
 
 FP16_MAX = 65504.0
 SCALE_MIN = 1e-10
@@ -42,7 +42,19 @@ class EncodedTiles(NamedTuple):
     other_scale: Tensor
 
 
-def encode_keys(keys: Tensor, config: KVarNConfig, rotation: Tensor | None = None) -> EncodedTiles:
+def first_equalizer(tile: Tensor, config: KVarNConfig) -> Tensor:
+    """The equalizer `[..., D]` fp16 of sequences whose first tiles are `tile` `[..., G, D]`."""
+    if not config.equalizes:
+        return torch.zeros_like(tile[..., 0, :], dtype=torch.float16)
+    return equalizer(sanitize(tile))
+
+
+def encode_keys(
+    keys: Tensor,
+    config: KVarNConfig,
+    rotation: Tensor | None = None,
+    equalizer: Tensor | None = None,
+) -> EncodedTiles:
     """Quantize tiles of keys `[..., group_size, head_dim]` (after RoPE), any floating dtype.
 
     Parameters
@@ -53,8 +65,10 @@ def encode_keys(keys: Tensor, config: KVarNConfig, rotation: Tensor | None = Non
         Which encoder and how many bits.
     rotation : Tensor, optional
         `[head_dim, head_dim]`; built from head_dim if absent. Ignored if keys are not rotated.
+    equalizer : Tensor, optional
+        `[..., head_dim]` fp16, log2 of a factor per channel; absent: none.
     """
-    tile = _rotated(keys, config.rotate_keys, config, rotation).mT  # [..., D, G]
+    tile = _rotated(keys, config.rotate_keys, config, rotation, equalizer).mT  # [..., D, G]
     row_scale, zero, column_scale, codes = _encode(tile, config.key_bits, config)
     if config.encoder == "plus":
         restored = (codes + _stored(zero, config.key_bits)) * row_scale * column_scale
@@ -66,10 +80,13 @@ def encode_keys(keys: Tensor, config: KVarNConfig, rotation: Tensor | None = Non
 
 
 def encode_values(
-    values: Tensor, config: KVarNConfig, rotation: Tensor | None = None
+    values: Tensor,
+    config: KVarNConfig,
+    rotation: Tensor | None = None,
+    equalizer: Tensor | None = None,
 ) -> EncodedTiles:
     """Quantize tiles of values `[..., group_size, head_dim]`; see `encode_keys`."""
-    tile = _rotated(values, config.rotate_values, config, rotation)  # [..., G, D]
+    tile = _rotated(values, config.rotate_values, config, rotation, equalizer)  # [..., G, D]
     row_scale, zero, column_scale, codes = _encode(tile, config.value_bits, config)
     if config.encoder == "plus":
         restored = (codes + _stored(zero, config.value_bits)) * row_scale * column_scale
@@ -86,13 +103,21 @@ def sanitize(x: Tensor) -> Tensor:
     return x.nan_to_num(nan=0.0, posinf=FP16_MAX, neginf=-FP16_MAX).clamp(-FP16_MAX, FP16_MAX)
 
 
-def _rotated(x: Tensor, rotate: bool, config: KVarNConfig, rotation: Tensor | None) -> Tensor:
+def _rotated(
+    x: Tensor,
+    rotate: bool,
+    config: KVarNConfig,
+    rotation: Tensor | None,
+    equalizer: Tensor | None,
+) -> Tensor:
     if config.check_finite and not bool(x.isfinite().all()):
         raise InputError(
             "a tile to be quantized holds NaN or Inf (check_finite=True). Find where the model "
             "produces it, or pass check_finite=False to store NaN as 0 and Inf as 65504."
         )
     x = sanitize(x)
+    if equalizer is not None:
+        x = x * torch.exp2(-equalizer.to(x.dtype)).unsqueeze(-2)
     if not rotate:
         return x
     matrix = hadamard(x.shape[-1], x.dtype, x.device) if rotation is None else rotation.to(x.dtype)

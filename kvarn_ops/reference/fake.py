@@ -9,7 +9,7 @@ from ..config import DEFAULT_PRESET, KVarNConfig
 from ..errors import InputError
 from ..hadamard import check_head_dim
 from .decode import decode_keys, decode_values
-from .encode import encode_keys, encode_values
+from .encode import encode_keys, encode_values, first_equalizer
 
 __all__ = ["fake_quantize"]
 
@@ -61,5 +61,8 @@ def fake_quantize(
             (v, v_hat, encode_values, decode_values),
         ):
             body = x.narrow(2, start, count).unflatten(2, (tiles, config.group_size))
-            out.narrow(2, start, count).copy_(decode(encode(body, config), config).flatten(2, 3))
+            equalizer = first_equalizer(body[:, :, :1], config)
+            encoded = encode(body, config, equalizer=equalizer)
+            decoded = decode(encoded, config, equalizer=equalizer)
+            out.narrow(2, start, count).copy_(decoded.flatten(2, 3))
     return k_hat, v_hat

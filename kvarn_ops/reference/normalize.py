@@ -1,4 +1,4 @@
-"""Variance normalization (Algorithm 1 of arXiv 2606.03458): row and column scales of a tile.
+"""Variance normalization (Algorithm 1 of arXiv 2606.03458), and what `plus` does before it.
 
 A tile is a matrix `[..., R, C]`: K is `[channels, tokens]`, V is `[tokens, channels]`. Columns and
 rows are scaled in turn until all have similar standard deviation; the best iterate *of each tile*
@@ -12,8 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["gauge_exponent", "normalize_paper", "normalize_plus"]
+__all__ = ["equalizer", "gauge_exponent", "normalize_paper", "normalize_plus"]
 
+EQUALIZE_POWER = 0.5
+_EQUALIZE_MIN, _EQUALIZE_MAX = -2.0, 4.0  # octaves; silent channels may speak in later tiles
+_EQUALIZE_DEPTH = 10.0  # octaves below the loudest channel at which a channel counts as silent
 LOG_MAX = 10.0
 PAPER_LOG_MIN, PAPER_STD_MIN, STD_MAX = -0.3, 1e-3, 1e3
 PLUS_LOG_MIN, PLUS_STD_MIN = -4.6, 1e-2
@@ -48,6 +51,33 @@ def normalize_plus(tile: Tensor, iters: int) -> tuple[Tensor, Tensor]:
     (`gauge_exponent`) removes both.
     """
     return _iterate(tile, iters, PLUS_LOG_MIN, PLUS_STD_MIN, _fast_std, ignore_zeros=True)
+
+
+def equalizer(tile: Tensor) -> Tensor:
+    """Log2 of the factors by which `plus` divides the channels of a sequence before the rotation.
+
+    The rotation spreads the error of outlier channels over all channels, although queries and the
+    output projection tend to be small where keys and values are large. Dividing by the square root
+    of a channel's RMS is half way between equal absolute errors and equal relative errors of
+    channels (the power of SmoothQuant, arXiv 2211.10438).
+
+    Parameters
+    ----------
+    tile : Tensor
+        `[..., G, D]`, the first tile of a sequence, not rotated, fp32 or fp64.
+
+    Returns
+    -------
+    Tensor
+        `[..., D]` fp16; zeros for a tile of zeros. Independent of the tile's amplitude.
+    """
+    unit = torch.ldexp(tile, -gauge_exponent(tile))
+    loudness = torch.log2(unit.square().mean(-2)) / 2  # of the RMS
+    loudest = loudness.amax(-1, keepdim=True)
+    loudness = loudness.maximum(loudest - _EQUALIZE_DEPTH)
+    factor = EQUALIZE_POWER * (loudness - loudness.mean(-1, keepdim=True))
+    factor = factor.clamp(_EQUALIZE_MIN, _EQUALIZE_MAX)
+    return torch.where(loudest.isfinite(), factor, 0.0).half()
 
 
 def gauge_exponent(tile: Tensor) -> Tensor:

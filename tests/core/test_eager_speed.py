@@ -28,6 +28,7 @@ def test_no_slower_than_dequantize_then_sdpa(unpoisoned) -> None:
     )
     tiles, line = config.num_tiles(length), config.to_string()
     q = torch.randn(1, 4 * heads, 1, dim)
+    equalizers = [x.unsqueeze(2) for x in (cache.k_equalizer, cache.v_equalizer)]
 
     def packed() -> torch.Tensor:
         return torch.ops.kvarn.attention(
@@ -36,8 +37,9 @@ def test_no_slower_than_dequantize_then_sdpa(unpoisoned) -> None:
 
     def dequantized() -> torch.Tensor:
         live = cache.tiles(0, tiles)
-        k = torch.ops.kvarn.dequantize_keys(*live[:3], rotation, line).flatten(2, 3)
-        v = torch.ops.kvarn.dequantize_values(*live[3:6], rotation, line).flatten(2, 3)
+        k = torch.ops.kvarn.dequantize_keys(*live[:3], rotation, equalizers[0], line)
+        v = torch.ops.kvarn.dequantize_values(*live[3:6], rotation, equalizers[1], line)
+        k, v = k.flatten(2, 3), v.flatten(2, 3)
         k = torch.cat([cache.k_sink, k, cache.k_tail[:, :, : length - 128 - 128 * tiles]], 2)
         v = torch.cat([cache.v_sink, v, cache.v_tail[:, :, : length - 128 - 128 * tiles]], 2)
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)

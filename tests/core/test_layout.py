@@ -134,6 +134,8 @@ def test_an_empty_cache_has_the_documented_tensors(preset: str, head_dim: int) -
         "v_sink": ((*lead, 7, head_dim), torch.bfloat16),
         "k_tail": ((*lead, config.ring_len, head_dim), torch.bfloat16),
         "v_tail": ((*lead, config.ring_len, head_dim), torch.bfloat16),
+        "k_equalizer": ((*lead[:2], head_dim), torch.float16),
+        "v_equalizer": ((*lead[:2], head_dim), torch.float16),
         "seq_lens": ((batch,), torch.int64),
     }
     found = {name: (tuple(t.shape), t.dtype) for name, t in cache._asdict().items()}

@@ -23,10 +23,11 @@ def split(cache: TileCache, sources: int) -> tuple[PackedTiles, TileCache]:
     total = cache.k_codes.shape[2]
     own = PackedTiles(*(tensor.clone() for tensor in cache.tiles(SHARED, total - SHARED)))
     shift = SHARED * CONFIG.group_size
-    rest = [tensor.clone() for tensor in cache[len(own) :]]
-    rest[2:4] = [torch.roll(ring, -shift, dims=2) for ring in rest[2:4]]
-    rest[4] = rest[4] - shift
-    return shared, TileCache(*own, *rest)
+    rest = {name: tensor.clone() for name, tensor in cache._asdict().items()}
+    for name in ("k_tail", "v_tail"):
+        rest[name] = torch.roll(rest[name], -shift, dims=2)
+    rest["seq_lens"] -= shift
+    return shared, TileCache(**(rest | own._asdict()))
 
 
 def batch_of_copies(sources: int, copies: int) -> tuple[TileCache, torch.Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvarn_ops.config import BITS, GROUP_SIZES, KVarNConfig
 from kvarn_ops.layout import unpack_codes
 from kvarn_ops.reference.decode import decode_keys, decode_values
-from kvarn_ops.reference.encode import EncodedTiles, encode_keys, encode_values
+from kvarn_ops.reference.encode import EncodedTiles, encode_keys, encode_values, first_equalizer
 
 SIDES = ("k", "v")
 KINDS = ("gauss", "token_spread", "token_outlier", "channel_outlier", "channel_offset")
@@ -59,8 +59,12 @@ def decode(side: str, tiles: EncodedTiles, config: KVarNConfig) -> Tensor:
     return decode_keys(tiles, config) if side == "k" else decode_values(tiles, config)
 
 
-def round_trip(side: str, x: Tensor, config: KVarNConfig) -> Tensor:
-    return decode(side, encode(side, x, config), config)
+def round_trip(side: str, x: Tensor, config: KVarNConfig, first: Tensor | None = None) -> Tensor:
+    """Tiles of sequences whose first tiles are `first`; None: each is the first of its own."""
+    equalizer = first_equalizer(x if first is None else first, config)
+    if side == "k":
+        return decode_keys(encode_keys(x, config, None, equalizer), config, None, equalizer)
+    return decode_values(encode_values(x, config, None, equalizer), config, None, equalizer)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["ASK", "CONTENTS", "LINE", "NAMES", "VOCAB_SIZE", "Lines", "make_lines"]
 
-NAMES, CONTENTS = 768, 768
+NAMES, CONTENTS = 256, 128
 LINE, ASK = NAMES + CONTENTS, NAMES + CONTENTS + 1
 VOCAB_SIZE = ASK + 2  # one id is left for models that want a padding token
 
@@ -26,10 +26,20 @@ class Lines(NamedTuple):
     answers: Tensor
 
 
-def make_lines(count: int, length: int, questions: int, generator: torch.Generator) -> Lines:
-    """Draw `count` documents of `length` lines (at most 768) and `questions` about each."""
-    names = torch.rand(count, NAMES, generator=generator).argsort(-1)[:, :length]
-    contents = torch.randint(CONTENTS, (count, length), generator=generator) + NAMES
+def make_lines(
+    count: int,
+    length: int,
+    questions: int,
+    generator: torch.Generator,
+    names_in_use: int = NAMES,
+) -> Lines:
+    """Draw `count` documents of `length` lines (at most 256) and `questions` about each.
+
+    Training begins with few `names_in_use`, from which look-ups are learned sooner.
+    """
+    names = torch.rand(count, names_in_use, generator=generator).argsort(-1)[:, :length]
+    contents = torch.randint(min(names_in_use, CONTENTS), (count, length), generator=generator)
+    contents += NAMES
     documents = torch.stack([torch.full_like(names, LINE), names, contents], dim=-1).flatten(1)
     asked = torch.rand(count, length, generator=generator).argsort(-1)[:, :questions]
     asked_names = names.gather(-1, asked)

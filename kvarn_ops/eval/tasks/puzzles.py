@@ -49,5 +49,5 @@ def _lines(count: int, length: int, generator: torch.Generator) -> Batch:
 
 PUZZLES = {
     "chase": Puzzle("chase", "chase_model", chase.LONGEST, 64, 32, _chase),
-    "lines": Puzzle("lines", "lines_model", 640, 64, 32, _lines),
+    "lines": Puzzle("lines", "lines_model", 240, 64, 32, _lines),
 }
