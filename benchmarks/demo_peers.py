@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kvarn_ops.demo.peers import PEERS
+from kvarn_ops.eval.peers import PEERS
 
 
 def main() -> None:

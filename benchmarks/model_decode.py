@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 import kvarn_ops
 from kvarn_ops.benchmark.results import ResultFile, conditions
 from kvarn_ops.benchmark.timing import Contender, Timing, alternate
-from kvarn_ops.demo.peers import PEERS, cache_bytes
+from kvarn_ops.eval.peers import PEERS, cache_bytes
 from kvarn_ops.hf.footprint import Footprint, layer_shapes
 
 PERIOD = 128  # a tile, and the residual length of QuantizedCache

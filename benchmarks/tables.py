@@ -1,4 +1,4 @@
-"""Write the tables of docs/benchmarks.md and README.md from the CSV files; nothing is measured.
+"""Write the tables of docs/benchmarks.md, docs/evaluation.md and README.md from the CSV files.
 
     python benchmarks/tables.py           rewrite what stands between the markers
     python benchmarks/tables.py --check   exit code 1 if a page does not say what the CSV says
@@ -13,11 +13,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import evaluation_tables as evaluated
+from markdown_table import markdown
+
 from kvarn_ops.benchmark.results import measured
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-PAGES = [HERE.parent / "docs" / "benchmarks.md", HERE.parent / "README.md"]
+DOCS = HERE.parent / "docs"
+PAGES = [DOCS / "benchmarks.md", DOCS / "evaluation.md", HERE.parent / "README.md"]
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Rows = list[dict[str, str]]
 
@@ -26,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, action="append", help="default: both pages")
+    parser.add_argument("--page", type=Path, action="append", help="default: all pages")
     args = parser.parse_args()
     differing = []
     for page in args.page or PAGES:
@@ -57,11 +61,6 @@ def filled_in(page: str, results: Path) -> str:
 def picture(name: str, says: str) -> Callable[[Rows], str]:
     """A link to what `plot.py` draws from the same rows."""
     return lambda rows: f"![{says}](images/{name}.png)\n"
-
-
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
 def kilo(tokens: str | int) -> str:
@@ -230,6 +229,7 @@ def _target(text: str, least: float, measured: float | None) -> list[str]:
 
 ATTENTION, MODEL = "decode_attention_cpu.csv", "model_decode_cpu.csv"
 ENCODE, PEERS = "encode_cpu.csv", "demo_peers_cpu.csv"
+EVAL_TEXT, EVAL_PUZZLES = "eval_text_summary.csv", "eval_puzzles_summary.csv"
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "targets": ((ATTENTION, MODEL), targets),
     "decode-attention-picture": (
@@ -248,6 +248,20 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "encode-conditions": ((ENCODE,), conditions),
     "encode": ((ENCODE,), encode),
     "peers-quality": ((PEERS,), peers_quality),
+    "eval-overview": ((EVAL_TEXT, EVAL_PUZZLES), evaluated.overview),
+    "eval-text": ((EVAL_TEXT,), evaluated.text),
+    "eval-text-outliers": ((EVAL_TEXT,), evaluated.text_outliers),
+    "eval-decode": (("eval_decode_summary.csv",), evaluated.decode),
+    "eval-chase": ((EVAL_PUZZLES,), evaluated.chase),
+    "eval-chase-outliers": ((EVAL_PUZZLES,), evaluated.chase_outliers),
+    "eval-lines": ((EVAL_PUZZLES,), evaluated.lines),
+    "eval-lines-outliers": ((EVAL_PUZZLES,), evaluated.lines_outliers),
+    "eval-accumulation": (("eval_attention_layers.csv",), evaluated.accumulation),
+    "eval-variants": (("eval_variants_summary.csv",), evaluated.variants),
+    "eval-tails": (
+        tuple(f"eval_tail{tail}_summary.csv" for tail in (0, 32, 64, 128)),
+        evaluated.tails,
+    ),
 }
 
 

@@ -276,6 +276,10 @@ def evaluate(
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let humaneval run code that the model wrote.")
     ] = False,
+    peers: Annotated[
+        str | None,
+        typer.Option(help="transformers' quantized caches too: quanto4, quanto2, hqq4, fp8."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of generated tasks and samples.")] = None,
     device: Annotated[
         str | None, typer.Option(help="Default: cuda if there is one, else cpu.")
@@ -297,7 +301,7 @@ def evaluate(
         model=model, text=text, tasks=tasks, methods=methods, presets=presets, protocols=protocols,
         context=context, windows=windows, samples=samples, placements=placements, batch=batch,
         block=block, sinks=sinks, tail=tail, data=data, limit=limit, max_new_tokens=max_new_tokens,
-        allow_code=allow_code or None, seed=seed, device=device, dtype=dtype,
+        allow_code=allow_code or None, peers=peers, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
     run_eval(make_options(out, quick, given), Console())
 

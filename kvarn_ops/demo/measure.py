@@ -21,6 +21,7 @@ import kvarn_ops
 from ..config import KVarNConfig
 from ..errors import InputError
 from ..eval.data import Subject, Window
+from ..eval.peers import Peer, cache_bytes
 from ..hf.cache import KVarNCache
 from ..hf.layer import KVarNLayer
 from .decode import (
@@ -32,7 +33,6 @@ from .decode import (
     other_dense_speeds,
     teacher_forced,
 )
-from .peers import Peer, cache_bytes
 from .report import Row, Scores
 
 __all__ = ["Measured", "Setup", "continue_prompt", "decode_windows"]

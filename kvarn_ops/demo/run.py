@@ -16,10 +16,10 @@ import kvarn_ops
 from ..config import KVarNConfig, parse_presets
 from ..errors import InputError
 from ..eval.data import Subject, cut_windows, find_model, load_subject, read_documents
+from ..eval.peers import Peer, parse_peers
 from . import plots, report
 from .decode import Plan
 from .measure import Measured, Setup, continue_prompt, decode_windows
-from .peers import Peer, parse_peers
 
 __all__ = ["Options", "run_demo"]
 

@@ -43,6 +43,7 @@ class Options:
     limit: int | None = None
     max_new_tokens: int | None = None
     allow_code: bool = False
+    peers: str = ""
     device: str | None = None
     dtype: str | None = None
 

@@ -13,12 +13,15 @@ import kvarn_ops
 
 from ..config import KVarNConfig
 from ..hf.cache import KVarNCache
+from .baselines import SCALE_BITS
 from .cache import MethodCache
 from .methods import Method
+from .peers import Peer
 
 __all__ = ["Case", "Piece", "Tick"]
 
 Tick = Callable[[], None]
+_PEER_GROUP = 64  # of transformers' QuantizedCache
 
 
 @dataclass(frozen=True)
@@ -29,17 +32,33 @@ class Case:
     preset: str  # "-" where bits do not matter
     config: KVarNConfig
     packed: bool = False
+    peer: Peer | None = None  # a cache of transformers instead
+
+    @staticmethod
+    def of_peer(peer: Peer, config: KVarNConfig) -> Case:
+        """One of transformers' quantized caches; bits with 16-bit scales and zero points."""
+        overhead = 0 if peer.backend == "fp8" else 2 * SCALE_BITS / _PEER_GROUP
+
+        def unused(tile: Tensor, first: Tensor, config: KVarNConfig) -> Tensor:
+            raise AssertionError("transformers quantizes this cache")
+
+        method = Method(peer.name, unused, unused, lambda c, d: peer.bits + overhead)
+        return Case(method, "-", config, peer=peer)
 
     @property
     def key(self) -> str:
         """Part of a file name."""
         name = self.method.name.replace("/", "-")
         name = name if self.preset == "-" else f"{name}_{self.preset}"
+        if self.peer is not None:
+            return f"{name}_QuantizedCache"
         return f"{name}_packed" if self.packed else name
 
     @property
     def cache_name(self) -> str:
         """The column `cache`."""
+        if self.peer is not None:
+            return "QuantizedCache"
         return "packed" if self.packed else "simulated"
 
     def run(
@@ -50,6 +69,8 @@ class Case:
         starts: list[int] | None = None,
     ) -> Any:
         """Call `body` with an empty cache that holds `slots` tokens per row."""
+        if self.peer is not None:
+            return body(self.peer.new_cache(model.config))
         if not self.packed:
             return body(MethodCache(model.config, self.method, self.config, starts))
         config = self.method.product_config(self.config)

@@ -16,6 +16,7 @@ from .data import Subject, cut_windows, find_model, load_model, load_subject, re
 from .methods import Method, parse_methods
 from .options import Options, chosen
 from .outliers import check_outliers, with_outliers
+from .peers import parse_peers
 from .pieces import Case, Piece, generator_for
 from .protocols import PROTOCOLS, protocol
 from .puzzle_runs import puzzle_piece
@@ -100,8 +101,9 @@ class _Variants:
 
 
 def _cases(
-    methods: list[Method], presets: dict[str, KVarNConfig], with_packed: bool = True
+    methods: list[Method], presets: dict[str, KVarNConfig], peers: str | None = ""
 ) -> Iterator[Case]:
+    """Every method at every preset, in the product's cache too; `peers` None: simulated only."""
     done = set()
     for preset, config in presets.items():
         for method in methods:
@@ -110,8 +112,10 @@ def _cases(
                 continue
             done.add((method.name, name))
             yield Case(method, name, config)
-            if with_packed and method.name in _PACKED_METHODS:
+            if peers is not None and method.name in _PACKED_METHODS:
                 yield Case(method, name, config, packed=True)
+    for peer in parse_peers(peers or ""):
+        yield Case.of_peer(peer, next(iter(presets.values())))
 
 
 def _columns(task: str, variant: str, protocol: str, case: Case, head_dim: int) -> dict[str, str]:
@@ -146,7 +150,7 @@ def _text_jobs(
             how = protocol(name, longest, options.block)
             for index, batch in enumerate(batches):
                 dense = DenseRun(load, batch, how)
-                for case in _cases(methods, presets):
+                for case in _cases(methods, presets, options.peers):
                     key = f"text_{variant}_{name}_{case.key}_{index}"
                     label = f"text, {variant}, {name}, {case.key}"
                     yield Job(
@@ -158,7 +162,7 @@ def _text_jobs(
         if "attention" in tasks:
             how = protocol("pseudo", longest, options.block)
             rows = batches[0][:_ATTENTION_ROWS, :-1]
-            for case in _cases([m for m in methods if m.name != "none"], presets, False):
+            for case in _cases([m for m in methods if m.name != "none"], presets, None):
                 key = f"attention_{variant}_{case.key}"
                 label = f"attention, {variant}, {case.key}"
                 yield Job(
@@ -191,7 +195,7 @@ def _question_jobs(
     steps = options.max_new_tokens or task.max_new_tokens
     # Prompts of similar length together: padding is work.
     order = sorted(questions, key=lambda question: len(question.prompt))
-    for case in _cases(methods, presets):
+    for case in _cases(methods, presets, options.peers):
         for index in range(0, len(order), options.batch):
             key = f"{name}_{case.key}_{index}"
             yield Job(
@@ -243,7 +247,7 @@ def _puzzle_jobs(
     batch = type(batch)(*(tensor.to(model.device) for tensor in batch))
     variants = _Variants(model, options.placements)
     for variant in variants.names:
-        for case in _cases(methods, presets):
+        for case in _cases(methods, presets, options.peers):
             key = f"{puzzle.name}_{variant}_{case.key}"
             label = f"{puzzle.name}, {variant}, {case.key}"
             yield Job(

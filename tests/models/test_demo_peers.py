@@ -16,8 +16,9 @@ pytest.importorskip("transformers")
 
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from kvarn_ops.demo import peers, run
+from kvarn_ops.demo import run
 from kvarn_ops.errors import InputError
+from kvarn_ops.eval import peers
 from tiny_models import tiny_model
 
 CONTEXT, LAYERS, KV_HEADS, HEAD_DIM = 208, 2, 1, 32

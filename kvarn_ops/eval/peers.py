@@ -1,4 +1,4 @@
-"""transformers' own quantized caches, which the demo and `benchmarks/` compare with."""
+"""transformers' own quantized caches, which commands and `benchmarks/` compare with."""
 
 from __future__ import annotations
 
