@@ -23,10 +23,9 @@ IMAGES = HERE.parent / "docs" / "images"
 
 ALL_PRESETS = "k2v2,k3v2,k3v3,k4v2,k4v4"
 VARIANTS = (
-    *("same", "unequalized", "equalize_k", "equalize_v", "equalize_025", "equalize_075"),
-    *("clip_only", "norm_only", "clip4", "clip16", "refit", "iters0", "iters1", "iters4"),
-    *("k_token", "k_unrotated", "v_unrotated", "v_symmetric", "kv_symmetric"),
-    *("zero8", "log8", "mixed8"),
+    *("unequalized", "equalize_k", "equalize_v", "equalize_025", "equalize_075"),
+    *("clip_only", "norm_only", "paper_rounding", "refit", "iters0"),
+    *("k_token", "k_unrotated", "v_symmetric", "kv_symmetric", "zero8", "log8", "mixed8"),
 )
 # name -> (options of `kvarn-ops eval`, tables that are kept, pictures that are kept)
 RUNS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {

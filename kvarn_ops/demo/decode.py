@@ -6,7 +6,6 @@ decode mode only. Hence a short prefix, which finishes no tile, then one step pe
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from ..config import KVarNConfig
 from ..errors import BackendError, CacheError, KVarNError, reason
 from ..eval.data import Subject
+from ..eval.protocols import last_logits_only
 from ..hf.cache import KVarNCache
 from ..hf.layer import KVarNLayer
 
@@ -106,7 +106,7 @@ def teacher_forced(
     """
     model, device = subject.model, subject.device
     columns = windows.T.contiguous().to(device)  # [n, B]: a row is one step's input
-    keep = {"logits_to_keep": 1} if _has_logits_to_keep(model) else {}
+    keep = last_logits_only(model)
     seconds = []
     with torch.no_grad():
         prefix = columns[: span.start].T.contiguous()
@@ -235,10 +235,6 @@ def continuation(
         streamer=_Ticker(tick),
     )
     return result.sequences[0, len(prompt) :].tolist(), result.past_key_values
-
-
-def _has_logits_to_keep(model: Any) -> bool:
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def _synchronize(device: torch.device) -> None:

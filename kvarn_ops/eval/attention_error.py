@@ -99,7 +99,6 @@ def _measure(
     dense_cache = DynamicCache(config=model.config)
     dense_run = teacher_forced(model, dense_cache, windows, protocol, tick)
     own_run = teacher_forced(model, own, windows, protocol, tick)
-    # The first forward is a prefix that yields nothing; the shadow cache has to see its keys too.
     seen = 0
     for span, _ in dense_run:
         if not set(layers) <= set(calls):
@@ -111,9 +110,11 @@ def _measure(
         static = []
         for index in layers:
             call = dense[index]
-            keys, values = shadow.layers[index].update(
-                call.key[:, :, seen:], call.value[:, :, seen:]
-            )
+            if not seen:  # the first forward, which reads nothing quantized
+                prefix = slice(0, protocol.prefix)
+                shadow.layers[index].update(call.key[:, :, prefix], call.value[:, :, prefix])
+            new = slice(max(seen, protocol.prefix), None)
+            keys, values = shadow.layers[index].update(call.key[:, :, new], call.value[:, :, new])
             out = F.scaled_dot_product_attention(
                 call.query,
                 keys,
@@ -128,7 +129,7 @@ def _measure(
         next(own_run)
         pairs = [(dense[index].out, calls[index].out) for index in layers]
         found["accumulated"].append([split_error(_rows(a), _rows(b)) for a, b in pairs])
-    result = {}
+    result = {"layers": torch.tensor(layers)}
     for kind, steps in found.items():
         for part in Errors._fields:
             by_layer = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -151,15 +150,3 @@ class MethodCache(Cache):
         """Quantized tiles of the first quantized layer and row."""
         layer = next(layer for layer in self.layers if isinstance(layer, MethodLayer))
         return max(layer._tiles_done.values(), default=0)
-
-
-def head_dim_of(model_config: Any) -> int:
-    """Width of a head."""
-    text = model_config.get_text_config(decoder=True)
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
-def check_rows(ids: Tensor) -> None:
-    """Raise `InputError` unless `ids` is `[batch, tokens]` int64."""
-    if ids.ndim != 2 or ids.dtype != torch.int64:
-        raise InputError(f"token ids have shape {tuple(ids.shape)} {ids.dtype}: give [batch, n].")

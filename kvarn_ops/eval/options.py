@@ -17,6 +17,7 @@ from .methods import DEFAULT_METHODS
 __all__ = ["Options", "chosen", "make_options"]
 
 _PSEUDO_BLOCK = 16
+_CONTEXT, _QUICK_CONTEXT = 4096, 2048
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Options:
     tasks: str | None = None
     methods: str = DEFAULT_METHODS
     presets: str = "k2v2,k3v2,k3v3,k4v2,k4v4"
-    protocols: str = "decode,pseudo,prefill"
+    protocols: str | None = None  # all of them
     context: int | None = None
     windows: int = 8
     batch: int = 8
@@ -44,6 +45,7 @@ class Options:
     max_new_tokens: int | None = None
     allow_code: bool = False
     peers: str = ""
+    quick: bool = False
     device: str | None = None
     dtype: str | None = None
 
@@ -51,7 +53,9 @@ class Options:
         """What decides the numbers; stored with the results."""
         values = {name: value for name, value in vars(self).items() if name != "out"}
         return {
-            name: str(value) if isinstance(value, Path) else value for name, value in values.items()
+            # By name: the same folder is the same data wherever it lies (`checks.fingerprint`).
+            name: value.resolve().name if isinstance(value, Path) else value
+            for name, value in values.items()
         } | {"kvarn_ops": kvarn_ops.__version__}
 
     def adjusted(self, presets: dict[str, KVarNConfig]) -> dict[str, KVarNConfig]:
@@ -60,6 +64,11 @@ class Options:
         if self.sinks is not None:
             changes["num_sink_tokens"] = self.sinks
         return {name: replace(config, **changes) for name, config in presets.items()}
+
+    def context_for(self, longest: int | None) -> int:
+        """Tokens per window for a model that knows `longest` positions (None: any number)."""
+        default = _QUICK_CONTEXT if self.quick else _CONTEXT
+        return self.context or min(default, longest or default)
 
     def placed(self) -> tuple[str, str]:
         """Device and dtype."""
@@ -90,11 +99,12 @@ class Options:
 
 
 _QUICK: dict[str, Any] = {
+    "quick": True,
     "presets": "k2v2,k4v2",
     "protocols": "pseudo,prefill",
     "windows": 4,
-    "batch": 4,
-    "placements": 2,
+    "block": 64,
+    "placements": 1,
 }
 
 
@@ -106,7 +116,7 @@ def make_options(out: Path, quick: bool, given: dict[str, Any]) -> Options:
     """
     defaults = _QUICK if quick else {}
     if given.get("model") is not None:
-        defaults = defaults | {"placements": 0}
+        defaults = defaults | {"placements": 0, "protocols": "decode,pseudo"}
     chosen = {name: value for name, value in given.items() if value is not None}
     return Options(out=out, **(defaults | chosen))
 

@@ -21,6 +21,7 @@ __all__ = ["FACTOR", "check_outliers", "with_outliers"]
 FACTOR = 4.0  # a power of two: rounding does not change
 PAIRS = 3  # RoPE pairs of K per KV head
 CHANNELS = 3  # channels of V per KV head
+_ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of logits
 
 
 @torch.no_grad()
@@ -31,23 +32,17 @@ def with_outliers(model: Any, placement: int, factor: float = FACTOR) -> Any:
     ----------
     model : PreTrainedModel
         With `q_proj`, `k_proj`, `v_proj`, `o_proj` per attention layer, RoPE over halves of a head,
-        and no normalization between projection and RoPE.
+        and no normalization between projection and RoPE (`check_outliers`).
     placement : int
         Seed of the choice of pairs and channels.
     factor : float
         How much larger they become.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If the model has other projections, or normalizes queries and keys.
     """
-    check_outliers(model)
-    model = copy.deepcopy(model)
+    changed = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(placement)
-    for _, module in _attention_layers(model):
+    for _, module in _attention_layers(changed):
         _scale_layer(module, generator, factor)
-    return model
+    return changed
 
 
 def check_outliers(model: Any) -> None:
@@ -63,6 +58,20 @@ def check_outliers(model: Any) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no q_proj, k_proj, v_proj and o_proj side by side: "
             "outliers cannot be put into this model. Leave them out (--placements 0)."
+        )
+    # What the names do not tell: partial or interleaved RoPE, norms under other names.
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(model.device)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits.float()
+        after = with_outliers(model, 0)(input_ids=ids).logits.float()
+    difference = ((after - before).norm() / before.norm()).item()
+    if not difference < _ROUNDING[model.dtype]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is another function with outlier channels (logits differ by "
+            f"{difference:.2g}): its heads rotate or normalize in a way that is not known here. "
+            "Leave the outlier variants out (--placements 0)."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,4 @@ class Piece:
 
 def generator_for(seed: int, *parts: str) -> torch.Generator:
     """A generator that depends on the seed and on what it is for, not on what ran before."""
-    import zlib
-
     return torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32("/".join(parts).encode()))

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config import KVarNConfig, parse_presets
 from ..errors import InputError
 from .attention_error import attention_piece
+from .checks import can_be_packed, check_options, check_probe, check_room, head_dim_of
 from .data import Subject, cut_windows, find_model, load_model, load_subject, read_documents
 from .methods import Method, parse_methods
 from .options import Options, chosen
@@ -22,16 +23,15 @@ from .protocols import PROTOCOLS, protocol
 from .puzzle_runs import puzzle_piece
 from .question_runs import question_piece
 from .tasks.catalogue import TEXT_TASKS
-from .tasks.code_answers import HumanEval
+from .tasks.code_answers import HumanEval, with_code_execution
 from .tasks.puzzles import PUZZLES, Puzzle
 from .text import DenseRun, text_piece
 
-__all__ = ["TASKS", "Job", "jobs"]
+__all__ = ["TASKS", "Job", "jobs", "tasks_of"]
 
 TASKS = ("text", "attention", *PUZZLES, *TEXT_TASKS)
 _OWN_MODEL_TASKS = ("text", "attention")
 _PACKED_METHODS = ("plus",)  # also run in the product's cache, to show that the numbers are its own
-_CONTEXT = 4096
 _ATTENTION_ROWS = 2  # windows of the attention errors: means over thousands of tokens need few
 
 
@@ -43,6 +43,7 @@ class Job:
     kind: str  # text, attention, puzzle or questions
     columns: dict[str, str]
     positions: range = field(default=range(0))  # of the last axis of the piece's tensors
+    first: int = 0  # position from which on means are taken: every preset reads a tile
 
 
 def jobs(options: Options) -> list[Job]:
@@ -55,17 +56,14 @@ def jobs(options: Options) -> list[Job]:
     """
     methods = parse_methods(options.methods)
     presets = parse_presets(options.presets, "--presets")
-    names = chosen(options.protocols, PROTOCOLS, "--protocols")
-    default = ",".join(_OWN_MODEL_TASKS if options.model else (*_OWN_MODEL_TASKS, *PUZZLES))
-    tasks = chosen(default if options.tasks is None else options.tasks, TASKS, "--tasks")
-    for name in ("windows", "batch", "samples", "block"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} {getattr(options, name)}: give at least 1.")
-    if options.placements < 0:
-        raise InputError(f"--placements {options.placements}: give 0 or more.")
+    names = chosen(options.protocols or ",".join(PROTOCOLS), PROTOCOLS, "--protocols")
+    tasks = tasks_of(options)
+    check_options(options, tasks)
     found: list[Job] = []
     if set(tasks) - set(PUZZLES):
         subject = load_subject(find_model(options.model), *options.placed())
+        if not can_be_packed(subject.model, options.adjusted(presets).values()):
+            methods = [method._replace(encoder=None) for method in methods]
         if set(tasks) & set(_OWN_MODEL_TASKS):
             found += _text_jobs(options, subject, tasks, names, methods, presets)
         for task in tasks:
@@ -75,6 +73,12 @@ def jobs(options: Options) -> list[Job]:
         if task in PUZZLES:
             found += _puzzle_jobs(options, PUZZLES[task], methods, presets)
     return found
+
+
+def tasks_of(options: Options) -> list[str]:
+    """The tasks that were asked for, or those that fit the model."""
+    default = ",".join(_OWN_MODEL_TASKS if options.model else (*_OWN_MODEL_TASKS, *PUZZLES))
+    return chosen(default if options.tasks is None else options.tasks, TASKS, "--tasks")
 
 
 class _Variants:
@@ -112,7 +116,7 @@ def _cases(
                 continue
             done.add((method.name, name))
             yield Case(method, name, config)
-            if peers is not None and method.name in _PACKED_METHODS:
+            if peers is not None and method.name in _PACKED_METHODS and method.encoder:
                 yield Case(method, name, config, packed=True)
     for peer in parse_peers(peers or ""):
         yield Case.of_peer(peer, next(iter(presets.values())))
@@ -140,9 +144,10 @@ def _text_jobs(
 ) -> Iterator[Job]:
     presets = options.adjusted(presets)
     windows = _windows(options, subject, list(presets.values()))
-    head_dim = _head_dim(subject.model.config)
+    head_dim = head_dim_of(subject.model.config)
     batches = windows.split(options.batch)
     longest = max(presets.values(), key=lambda config: protocol("decode", config, 1).prefix)
+    first = max(c.num_sink_tokens + c.tail_tokens + c.group_size for c in presets.values())
     variants = _Variants(subject.model, options.placements)
     for variant in variants.names:
         load = variants.loader(variant)
@@ -158,8 +163,10 @@ def _text_jobs(
                         "text",
                         _columns("text", variant, name, case, head_dim) | {"batch": str(index)},
                         how.scored(batch.shape[1] - 1),
+                        first if name != "prefill" else 0,
                     )
-        if "attention" in tasks:
+        if "attention" in tasks and variant == "plain":
+            check_probe(subject.model)
             how = protocol("pseudo", longest, options.block)
             rows = batches[0][:_ATTENTION_ROWS, :-1]
             for case in _cases([m for m in methods if m.name != "none"], presets, None):
@@ -181,8 +188,8 @@ def _question_jobs(
     presets: dict[str, KVarNConfig],
 ) -> Iterator[Job]:
     task = TEXT_TASKS[name]
-    if name == "humaneval":
-        task = HumanEval(allow_code=options.allow_code)
+    if isinstance(task, HumanEval):
+        task = with_code_execution(task)
     if name == "humaneval" and not options.allow_code:
         raise InputError(
             "humaneval runs code that a model wrote on this machine: add --allow-code if that is "
@@ -191,8 +198,10 @@ def _question_jobs(
     path = None if name == "line_text" else options.data_of(name)
     questions = task.load(path, options.limit, options.seed)
     presets = options.adjusted(presets)
-    head_dim = _head_dim(subject.model.config)
+    head_dim = head_dim_of(subject.model.config)
     steps = options.max_new_tokens or task.max_new_tokens
+    longest = max(len(subject.codec.prompt(question.prompt)) for question in questions)
+    check_room(subject.model, longest + steps, f"{name} with {steps} new tokens")
     # Prompts of similar length together: padding is work.
     order = sorted(questions, key=lambda question: len(question.prompt))
     for case in _cases(methods, presets, options.peers):
@@ -216,14 +225,9 @@ def _question_jobs(
 
 def _windows(options: Options, subject: Subject, configs: list[KVarNConfig]) -> Tensor:
     """`[windows, context + 1]` int64 of unseen text."""
-    longest = getattr(subject.model.config.get_text_config(decoder=True),
-                      "max_position_embeddings", None)  # fmt: skip
-    context = options.context or min(_CONTEXT, longest or _CONTEXT)
-    if longest and context > longest:
-        raise InputError(
-            f"--context {context} exceeds the {longest} positions that {subject.name} knows: use "
-            f"--context {longest} or less."
-        )
+    text_config = subject.model.config.get_text_config(decoder=True)
+    context = options.context_for(getattr(text_config, "max_position_embeddings", None))
+    check_room(subject.model, context, f"--context {context}")
     needed = max(c.num_sink_tokens + c.tail_tokens + 2 * c.group_size for c in configs)
     if context < needed:
         raise InputError(
@@ -239,7 +243,7 @@ def _puzzle_jobs(
     options: Options, puzzle: Puzzle, methods: list[Method], presets: dict[str, KVarNConfig]
 ) -> Iterator[Job]:
     model = load_model(find_model(None, puzzle.model), *options.placed())
-    head_dim = _head_dim(model.config)
+    head_dim = head_dim_of(model.config)
     changes = {"group_size": puzzle.group_size, "num_sink_tokens": puzzle.num_sink_tokens}
     presets = {name: replace(config, **changes) for name, config in presets.items()}
     # The same questions for every method and variant.
@@ -255,8 +259,3 @@ def _puzzle_jobs(
                 "puzzle",
                 _columns(puzzle.name, variant, "free", case, head_dim),
             )
-
-
-def _head_dim(model_config: Any) -> int:
-    text = model_config.get_text_config(decoder=True)
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

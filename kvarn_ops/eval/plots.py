@@ -23,6 +23,7 @@ def draw(
     simulated = [r for r in summary if r["cache"] == "simulated" and r["protocol"] != "prefill"]
     positions = [r for r in positions if r["cache"] == "simulated" and r["protocol"] != "prefill"]
     methods = _ordered(simulated + layers)
+    methods = methods or ["none"]
     text = [row for row in simulated if row["task"] == "text" and row["metric"] == "kl"]
     if text:
         _quality_against_bits(out / "quality_vs_bits.png", text, methods, note)
@@ -53,6 +54,11 @@ def _style(methods: list[str], method: str) -> dict[str, Any]:
         "linewidth": 1.1,
         "alpha": 0.85,
     }
+
+
+def _presets(rows: list[Row]) -> list[str]:
+    """Presets in order; "-" alone if no method depends on bits."""
+    return [p for p in dict.fromkeys(row["preset"] for row in rows) if p != "-"] or ["-"]
 
 
 def _variants(rows: list[Row]) -> list[str]:
@@ -86,7 +92,7 @@ def _quality_against_bits(path: Path, rows: list[Row], methods: list[str], note:
 
 def _error_against_position(path: Path, rows: list[Row], methods: list[str], note: str) -> None:
     protocol = "decode" if any(row["protocol"] == "decode" for row in rows) else "pseudo"
-    presets = [p for p in dict.fromkeys(row["preset"] for row in rows) if p != "-"][:2]
+    presets = _presets(rows)[:2]
     figure, panels = new_figure(columns=len(presets))
     for axes, preset in zip(panels, presets, strict=True):
         for method in methods:
@@ -109,7 +115,7 @@ def _error_against_position(path: Path, rows: list[Row], methods: list[str], not
 
 def _intact_answers(path: Path, rows: list[Row], methods: list[str], note: str) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    presets = [p for p in dict.fromkeys(row["preset"] for row in rows) if p != "-"][:2]
+    presets = _presets(rows)[:2]
     figure, panels = new_figure(
         columns=len(presets), rows=len(tasks), size=(13, 1 + 4 * len(tasks))
     )
@@ -141,7 +147,7 @@ def _intact_answers(path: Path, rows: list[Row], methods: list[str], note: str) 
 
 def _error_by_layer(path: Path, rows: list[Row], methods: list[str], note: str) -> None:
     """Heat map: accumulated error of attention outputs, layers against methods, by quarter."""
-    preset = next(row["preset"] for row in rows if row["preset"] != "-")
+    preset = _presets(rows)[0]
     wanted = [
         row
         for row in rows
@@ -185,7 +191,7 @@ def _layer_mean(rows: list[Row], method: str, layer: int, part: str) -> float:
 
 def _static_and_accumulated(path: Path, rows: list[Row], methods: list[str], note: str) -> None:
     """Error of the last layer's attention output by quarter of the context, both kinds."""
-    preset = next(row["preset"] for row in rows if row["preset"] != "-")
+    preset = _presets(rows)[0]
     last = str(max(int(row["layer"]) for row in rows))
     kinds = ("static", "accumulated")
     figure, panels = new_figure(columns=2)

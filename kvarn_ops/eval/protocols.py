@@ -7,6 +7,7 @@ quantized token is ever read, so every method scores 0 there. It is the control 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +16,14 @@ from torch import Tensor
 
 from ..config import KVarNConfig
 
-__all__ = ["PROTOCOLS", "Protocol", "free_running", "protocol", "teacher_forced"]
+__all__ = [
+    "PROTOCOLS",
+    "Protocol",
+    "free_running",
+    "last_logits_only",
+    "protocol",
+    "teacher_forced",
+]
 
 PROTOCOLS = ("decode", "pseudo", "prefill")
 
@@ -47,6 +55,12 @@ def protocol(name: str, config: KVarNConfig, block: int) -> Protocol:
         return Protocol(name, 0, 0)
     prefix = config.num_sink_tokens + config.tail_tokens + config.group_size // 2
     return Protocol(name, prefix, 1 if name == "decode" else block)
+
+
+def last_logits_only(model: Any) -> dict[str, int]:
+    """Arguments for the last position alone: a large vocabulary makes the others expensive."""
+    known = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if known else {}
 
 
 @torch.no_grad()
@@ -92,8 +106,7 @@ def free_running(
         if mask is not None:
             positions = (mask.cumsum(-1) - 1).clamp_min(0)
             extra["position_ids"] = positions[:, -new.shape[1] :]
-        # Of a prompt only the last position is needed; a large vocabulary makes others expensive.
-        keep = {"logits_to_keep": 1} if step == 0 else {}
+        keep = last_logits_only(model) if step == 0 else {}
         logits = model(input_ids=new, past_key_values=cache, use_cache=True, **extra, **keep).logits
         new = logits[:, -1].argmax(-1, keepdim=True)
         out.append(new)

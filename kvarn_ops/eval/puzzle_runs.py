@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .pieces import Case, Piece, Tick
-from .protocols import free_running
+from .protocols import free_running, last_logits_only
 from .tasks.puzzles import Batch
 
 __all__ = ["puzzle_piece"]
@@ -28,7 +28,7 @@ def puzzle_piece(case: Case, load: Callable[[], Any], batch: Batch, key: str, la
                     input_ids=batch.document,
                     past_key_values=cache,
                     use_cache=True,
-                    logits_to_keep=1,
+                    **last_logits_only(model),
                 )
             tick()
             answers = []

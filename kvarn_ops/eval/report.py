@@ -67,6 +67,8 @@ def collect(done: Iterable[tuple[Job, dict[str, Tensor]]]) -> Results:
             if name != "answers"
         }
         for metric, values in tensors.items():
+            if first.kind == "text":  # before the first tile is read, all are dense
+                values = values[:, first.first - first.positions.start :]
             results.summary.append(_number(columns, metric, _mean(first, metric, values), values))
         if first.kind == "text":
             results.positions.extend(_position_rows(columns, first.positions, tensors))
@@ -77,8 +79,8 @@ def collect(done: Iterable[tuple[Job, dict[str, Tensor]]]) -> Results:
 def _mean(job: Job, metric: str, values: Tensor) -> Mean:
     if job.kind == "text":
         return mean_of_rows(values)
-    if values.dtype == torch.bool:
-        return proportion(values)
+    if bool(((values == 0) | (values == 1)).all()):  # trials that succeeded or did not
+        return proportion(values.bool())
     return mean_of_rows(values.unsqueeze(-1))
 
 
@@ -110,7 +112,6 @@ def _over_placements(rows: list[Row]) -> list[Row]:
                 "model": OUTLIERS_MEAN,
                 "value": f"{mean.value:.6g}",
                 "standard_error": f"{mean.error:.3g}",
-                "n": str(sum(int(row["n"]) for row in members)),
             }
         )
     return found
@@ -136,7 +137,7 @@ def _layer_rows(columns: Row, job: Job, tensors: dict[str, Tensor]) -> list[Row]
     for kind in KINDS:
         parts = {part: tensors[f"{kind}_{part}"].mean(1) for part in Errors._fields}  # [L, T]
         quarters = torch.linspace(0, len(job.positions), 5).long().tolist()
-        for layer in range(len(parts["magnitude"])):
+        for index, layer in enumerate(tensors["layers"].tolist()):
             for low, high in pairwise(quarters):
                 rows.append(
                     {
@@ -146,7 +147,7 @@ def _layer_rows(columns: Row, job: Job, tensors: dict[str, Tensor]) -> list[Row]
                         "from": str(job.positions.start + low),
                         "to": str(job.positions.start + high),
                     }
-                    | {name: f"{x[layer, low:high].mean():.6g}" for name, x in parts.items()}
+                    | {name: f"{x[index, low:high].mean():.6g}" for name, x in parts.items()}
                 )
     return rows
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,9 +19,11 @@ from rich.progress import (
 from torch import Tensor
 
 from ..benchmark.results import conditions
+from ..errors import InputError
 from . import plots
+from .checks import fingerprint
 from .options import Options
-from .plan import Job, jobs
+from .plan import Job, jobs, tasks_of
 from .report import Results, collect, summary_table, write_rows
 from .store import Store
 
@@ -41,8 +43,12 @@ def run_eval(options: Options, console: Console) -> Results:
     importlib.import_module("matplotlib")  # if it is missing: said now, not after minutes
     started = time.perf_counter()
     torch.manual_seed(options.seed)
+    settings = options.settings() | fingerprint(options, tasks_of(options))
+    store = Store(options.out, settings)
     plan = list(jobs(options))
-    store = Store(options.out, options.settings())
+    if not plan:
+        raise InputError("nothing to do: these tasks and methods together give no measurement.")
+    store.open()
     known = {job.piece.key: store.get(job.piece.key) for job in plan}
     missing = [job for job in plan if known[job.piece.key] is None]
     if len(missing) < len(plan):
@@ -58,7 +64,7 @@ def run_eval(options: Options, console: Console) -> Results:
                 store.put(job.piece.key, tensors)
             finished.append((job, tensors))
     results = collect(finished)
-    write_tables(options, results, finished[0][0], console)
+    write_tables(options, results, settings)
     console.print(summary_table(results.summary))
     console.print(
         f"Done in {time.perf_counter() - started:.0f} s. Written to {options.out}: "
@@ -69,12 +75,11 @@ def run_eval(options: Options, console: Console) -> Results:
     return results
 
 
-def write_tables(options: Options, results: Results, job: Job, console: Console) -> None:
+def write_tables(options: Options, results: Results, settings: dict[str, Any]) -> None:
     """Write the CSV files and the pictures."""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    header = conditions(device, torch.get_num_threads())
-    header |= {name: str(value) for name, value in options.settings().items() if value is not None}
-    header = {name: Path(text).name if "/" in text else text for name, text in header.items()}
+    device = torch.device(options.placed()[0])
+    given = {name: str(value) for name, value in settings.items() if value is not None}
+    header = given | conditions(device, torch.get_num_threads())
     for name, rows in zip(FILES, results, strict=True):
         if rows:
             write_rows(options.out / f"{name}.csv", rows, header)

@@ -10,6 +10,10 @@ from torch import Tensor
 
 __all__ = ["Errors", "Mean", "compare_logits", "mean_of_rows", "proportion", "split_error"]
 
+_ELEMENTS_AT_ONCE = 1 << 26  # of logits: a large vocabulary makes long prefills exceed memory
+
+_ELEMENTS_AT_ONCE = 1 << 26  # of logits: a large vocabulary makes long prefills exceed memory
+
 
 def compare_logits(dense: Tensor, other: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Compare logits `[B, s, V]` for the next tokens `targets` `[B, s]`.
@@ -21,6 +25,13 @@ def compare_logits(dense: Tensor, other: Tensor, targets: Tensor) -> dict[str, T
         `agreement` (1 where the most likely tokens are the same), `accuracy` (1 where the other's
         most likely token is the target).
     """
+    step = max(1, _ELEMENTS_AT_ONCE // (dense.shape[0] * dense.shape[-1]))
+    if dense.shape[1] > step:
+        parts = [
+            compare_logits(*(x[:, i : i + step] for x in (dense, other, targets)))
+            for i in range(0, dense.shape[1], step)
+        ]
+        return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
     log_p, log_q = dense.float().log_softmax(-1), other.float().log_softmax(-1)
     at = targets.unsqueeze(-1)
     best = log_q.argmax(-1)
@@ -81,7 +92,12 @@ def proportion(hits: Tensor) -> Mean:
 
 
 def mean_of_means(parts: list[Mean]) -> Mean:
-    """Mean over groups (placements of outliers) whose own errors are independent."""
+    """Mean over placements of outliers, all of which saw the same rows.
+
+    The error has the spread between placements, and that of the rows, which is not made smaller by
+    more placements.
+    """
     values = torch.tensor([part.value for part in parts], dtype=torch.float64)
-    errors = torch.tensor([part.error for part in parts], dtype=torch.float64)
-    return Mean(values.mean().item(), errors.square().sum().sqrt().item() / len(parts))
+    rows = sum(part.error for part in parts) / len(parts)
+    between = values.std().item() / math.sqrt(len(parts)) if len(parts) > 1 else math.nan
+    return Mean(values.mean().item(), math.hypot(rows, between))

@@ -29,28 +29,25 @@ class Store:
     Parameters
     ----------
     out : Path
-        The folder; it is made.
+        The folder; `open` makes it.
     settings : dict
         What decides the numbers, as JSON values.
 
     Raises
     ------
     InputError
-        If the folder cannot be made, or holds a run with other settings.
+        If the folder holds a run with other settings.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
         self.out = out
-        settings = json.loads(json.dumps(settings))
+        self._settings = settings = json.loads(json.dumps(settings))
         path = out / _SETTINGS
         try:
-            (out / _PIECES).mkdir(parents=True, exist_ok=True)
             known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         except (OSError, ValueError) as error:
             raise InputError(f"the folder {str(out)!r} cannot be used: {error}") from None
-        if known is None:
-            path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        elif known != settings:
+        if known is not None and known != settings:
             names = sorted(
                 name for name in {*known, *settings} if known.get(name) != settings.get(name)
             )
@@ -58,6 +55,16 @@ class Store:
                 f"{str(out)!r} holds a run with another {', '.join(names)}: continue it with the "
                 "options it was started with, or give another --out."
             )
+
+    def open(self) -> None:
+        """Make the folder and say in it what run it holds."""
+        part = self.out / f"{_SETTINGS}.part"
+        try:
+            (self.out / _PIECES).mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(self._settings, indent=2) + "\n", encoding="utf-8")
+            part.replace(self.out / _SETTINGS)
+        except OSError as error:
+            raise InputError(f"the folder {str(self.out)!r} cannot be made: {error}") from None
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """A finished piece, or None. A damaged file counts as not finished."""

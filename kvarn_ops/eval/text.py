@@ -16,6 +16,7 @@ from .scores import compare_logits
 __all__ = ["DenseRun", "text_piece"]
 
 _KEPT_BYTES = 1 << 30  # dense logits that are kept for the next method; more are computed again
+_kept: dict[int, list[tuple[range, Tensor]]] = {}  # of the batch that was asked for last
 
 
 class DenseRun:
@@ -33,7 +34,6 @@ class DenseRun:
 
     def __init__(self, model: Callable[[], Any], windows: Tensor, protocol: Protocol) -> None:
         self.model, self.windows, self.protocol = model, windows, protocol
-        self._kept: list[tuple[range, Tensor]] = []
 
     @property
     def ids(self) -> Tensor:
@@ -47,8 +47,9 @@ class DenseRun:
 
     def logits(self) -> Iterator[tuple[range, Tensor]]:
         """Positions and logits `[B, s, V]`, in order."""
-        if self._kept:
-            return iter(self._kept)
+        if id(self) in _kept:
+            return iter(_kept[id(self)])
+        _kept.clear()
         model = self.model()
         cache = DynamicCache(config=model.config)
         run = teacher_forced(model, cache, self.ids, self.protocol)
@@ -56,8 +57,8 @@ class DenseRun:
         positions = len(self.protocol.scored(self.ids.shape[1]))
         if len(self.ids) * positions * vocabulary * model.dtype.itemsize > _KEPT_BYTES:
             return run
-        self._kept = list(run)
-        return iter(self._kept)
+        _kept[id(self)] = list(run)
+        return iter(_kept[id(self)])
 
 
 def text_piece(case: Case, dense: DenseRun, key: str, label: str) -> Piece:

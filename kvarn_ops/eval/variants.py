@@ -14,12 +14,11 @@ from torch import Tensor
 from ..config import KVarNConfig
 from ..hadamard import hadamard
 from ..layout import center
-from ..reference.encode import sanitize
+from ..reference.encode import CLIP_MIN, sanitize
 from ..reference.normalize import EQUALIZE_POWER, equalizer, gauge_exponent, normalize_plus
 
 __all__ = ["VARIANTS", "Variant"]
 
-_CLIP_MIN = {2: 0.39, 3: 0.56, 4: 0.74}
 _LOG_STEPS = 16  # per octave: 8 bits cover 16 octaves
 _ZERO_UNIT = 4  # an 8-bit zero point counts quarters of a code
 
@@ -131,9 +130,9 @@ class Variant:
         middle, half = (low + high) / 2, (high - low) / 2
         best = torch.full_like(low, torch.inf)
         best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
-        count = self.candidates if bits in _CLIP_MIN else 1
+        count = self.candidates if bits in CLIP_MIN else 1
         for candidate in range(count):
-            shrink = 1.0 - (1.0 - _CLIP_MIN.get(bits, 1.0)) * candidate / max(1, count - 1)
+            shrink = 1.0 - (1.0 - CLIP_MIN.get(bits, 1.0)) * candidate / max(1, count - 1)
             scale = (2 * shrink * half / (2**bits - 1)).clamp_min(1e-10)
             zero = _stored_zero((middle - shrink * half) / scale, bits, zero_format)
             for _ in range(self.refits):

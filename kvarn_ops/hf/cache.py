@@ -220,9 +220,9 @@ class KVarNCache(Cache):
         Returns
         -------
         dict
-            `codes`, `scales`, `sinks`, `tail` of the packed layers, `state` (lengths, rotation
-            matrices), `dense` (layers that are not packed) and `total`, which is the size of all
-            distinct storages that the cache holds.
+            `codes`, `scales`, `sinks`, `tail` of the packed layers, `state` (lengths, equalizers,
+            rotation matrices), `dense` (layers that are not packed) and `total`, which is the size
+            of all distinct storages that the cache holds.
         """
         groups = {
             "codes": CODE_FIELDS,

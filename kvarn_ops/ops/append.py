@@ -156,7 +156,8 @@ def _write_tiles(
 def _equalize(stored: Tensor, first_tile: Tensor, config: KVarNConfig) -> None:
     """Set the equalizers `[b, H, D]` of rows that have none; a fork keeps that of its origin."""
     fresh = first_equalizer(first_tile, config)
-    stored.copy_(torch.where(stored.any(-1, keepdim=True), stored, fresh))
+    made = ((stored != 0) | stored.signbit()).any(-1, keepdim=True)
+    stored.copy_(torch.where(made, stored, fresh))
 
 
 def _append_functional(

@@ -43,10 +43,14 @@ class EncodedTiles(NamedTuple):
 
 
 def first_equalizer(tile: Tensor, config: KVarNConfig) -> Tensor:
-    """The equalizer `[..., D]` fp16 of sequences whose first tiles are `tile` `[..., G, D]`."""
+    """The equalizer `[..., D]` fp16 of sequences whose first tiles are `tile` `[..., G, D]`.
+
+    What is not finite, or as large as that is stored, counts as 0: it would decide the factors.
+    """
     if not config.equalizes:
         return torch.zeros_like(tile[..., 0, :], dtype=torch.float16)
-    return equalizer(sanitize(tile))
+    tile = sanitize(tile)
+    return equalizer(tile.masked_fill(tile.abs() >= FP16_MAX, 0.0))
 
 
 def encode_keys(

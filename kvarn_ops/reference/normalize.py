@@ -69,7 +69,8 @@ def equalizer(tile: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        `[..., D]` fp16; zeros for a tile of zeros. Independent of the tile's amplitude.
+        `[..., D]` fp16, independent of the tile's amplitude. A factor of 1 is -0.0, never 0.0:
+        zeros in a cache say that no equalizer was made yet.
     """
     unit = torch.ldexp(tile, -gauge_exponent(tile))
     loudness = torch.log2(unit.square().mean(-2)) / 2  # of the RMS
@@ -77,7 +78,8 @@ def equalizer(tile: Tensor) -> Tensor:
     loudness = loudness.maximum(loudest - _EQUALIZE_DEPTH)
     factor = EQUALIZE_POWER * (loudness - loudness.mean(-1, keepdim=True))
     factor = factor.clamp(_EQUALIZE_MIN, _EQUALIZE_MAX)
-    return torch.where(loudest.isfinite(), factor, 0.0).half()
+    factor = torch.where(loudest.isfinite(), factor, 0.0).half()
+    return torch.where(factor == 0, -0.0, factor)
 
 
 def gauge_exponent(tile: Tensor) -> Tensor:

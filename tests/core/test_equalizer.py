@@ -48,6 +48,7 @@ def test_silence_gives_finite_factors(kind):
     assert found.abs().max() <= 4
     if kind == "zeros":
         assert not found.any()
+        assert found.signbit().all(), "made, and none: not made again for a fork"
 
 
 def append(cache, k, v, rotation):
@@ -76,6 +77,26 @@ def test_it_is_made_once_from_the_first_tile_however_tokens_arrive():
         for cache in (at_once, in_steps):
             assert torch.equal(getattr(cache, name), wanted), name
     assert torch.equal(at_once.k_codes, in_steps.k_codes)
+
+
+def test_a_row_of_silence_keeps_having_none():
+    k, v = torch.zeros(1, 1, 100, DIM), gaussian(1, 1, 100, DIM)
+    cache = filled(k, v, [60, 40])
+    assert not cache.k_equalizer.any()
+    kept = cache.v_equalizer.clone()
+    cache.seq_lens.fill_(8)  # as in a fork: its own first tile comes after shared ones
+    append(cache, gaussian(1, 1, 40, DIM), gaussian(1, 1, 40, DIM) * 5, hadamard(DIM))
+    assert not cache.k_equalizer.any()
+    assert torch.equal(cache.v_equalizer, kept)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_does_not_decide_the_factors(bad):
+    k, v = gaussian(1, 1, 40, DIM), gaussian(1, 1, 40, DIM, seed=1)
+    good = filled(k, v, [40]).k_equalizer
+    k[0, 0, 20, 11] = bad
+    found = filled(k, v, [40]).k_equalizer
+    assert (found - good).abs().max() < 0.1
 
 
 def test_there_is_none_before_the_first_tile_and_none_for_the_published_encoder():

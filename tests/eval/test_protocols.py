@@ -14,7 +14,7 @@ from kvarn_ops.eval import scores
 from kvarn_ops.eval.attention_error import attention_piece
 from kvarn_ops.eval.cache import MethodCache
 from kvarn_ops.eval.methods import METHODS
-from kvarn_ops.eval.outliers import with_outliers
+from kvarn_ops.eval.outliers import check_outliers, with_outliers
 from kvarn_ops.eval.pieces import Case
 from kvarn_ops.eval.protocols import Protocol, free_running, protocol, teacher_forced
 from kvarn_ops.eval.text import DenseRun, text_piece
@@ -157,7 +157,19 @@ def test_outliers_change_keys_and_values_but_not_the_function(model):
 )
 def test_models_that_cannot_carry_outliers_are_refused(family, words):
     with pytest.raises(UnsupportedModelError, match=words):
-        with_outliers(tiny_model(family), 0)
+        check_outliers(tiny_model(family))
+
+
+def test_a_model_that_outliers_would_change_is_refused():
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    shape = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                 num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3)  # fmt: skip
+    torch.manual_seed(0)
+    model = StableLmForCausalLM(StableLmConfig(**shape)).eval()  # RoPE on a quarter of a head
+    with pytest.raises(UnsupportedModelError, match="is another function with outlier channels"):
+        check_outliers(model)
+    check_outliers(tiny_model("llama"))
 
 
 def test_errors_split_into_magnitude_and_direction():
@@ -191,6 +203,7 @@ def test_attention_errors_of_exact_storage_are_zero(model):
     case = Case(METHODS["none"], "-", CONFIG)
     how = protocol("decode", CONFIG, 1)
     found = attention_piece(case, lambda: model, ids(1, 100), how, "", "").run(nothing)
+    assert found.pop("layers").tolist() == [0, 1]
     assert max(tensor.max().item() for tensor in found.values()) < 1e-5
 
 
@@ -204,4 +217,6 @@ def test_standard_errors():
     assert scores.mean_of_rows(rows) == pytest.approx((4.0, 2.0))
     assert math.isnan(scores.mean_of_rows(rows[:1]).error)
     parts = [scores.Mean(0.2, 0.03), scores.Mean(0.4, 0.04)]
-    assert scores.mean_of_means(parts) == pytest.approx((0.3, 0.025))
+    # 0.035 from the rows, 0.1 between the two placements.
+    assert scores.mean_of_means(parts) == pytest.approx((0.3, math.hypot(0.035, 0.1)))
+    assert math.isnan(scores.mean_of_means(parts[:1]).error)

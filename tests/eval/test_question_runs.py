@@ -32,7 +32,7 @@ CHOSEN = {
 def folder(tmp_path_factory):
     """A model, its tokenizer, and four questions of different lengths."""
     path = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(path)
+    tiny_model("llama", max_position_embeddings=4096).save_pretrained(path)
     tokenizer = word_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(path)
