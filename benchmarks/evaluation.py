@@ -46,7 +46,7 @@ RUNS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("intact_answers",),
     ),
     "decode": (
-        "--tasks text --protocols decode,prefill --presets k2v2,k4v2 --windows 4 --placements 0",
+        "--tasks text --protocols decode,prefill --presets k2v2 --windows 4 --placements 0",
         ("summary", "positions"),
         ("error_vs_position",),
     ),

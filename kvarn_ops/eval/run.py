@@ -83,7 +83,11 @@ def write_tables(options: Options, results: Results, settings: dict[str, Any]) -
     for name, rows in zip(FILES, results, strict=True):
         if rows:
             write_rows(options.out / f"{name}.csv", rows, header)
-    plots.draw(options.out, results.summary, results.positions, results.layers)
+    note = (
+        f"kvarn_ops {header['kvarn_ops']}, torch {header['torch']}, {header['placed']}, "
+        f"{header['date'].split()[0]}; bars: one standard error"
+    )
+    plots.draw(options.out, results.summary, results.positions, results.layers, note)
 
 
 def _progress(console: Console) -> Progress:
