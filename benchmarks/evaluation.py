@@ -1,7 +1,7 @@
 """Run the evaluations of docs/evaluation.md, keep their tables and pictures, rewrite the page.
 
     python benchmarks/evaluation.py                    all of them: about 1.5 hours of one core
-    python benchmarks/evaluation.py --only puzzles     one of them
+    python benchmarks/evaluation.py --only chase       one of them
     python benchmarks/evaluation.py --page             nothing is run: tables and pictures again
 
 Each is a `kvarn-ops eval`; a run that was stopped goes on where it was.
@@ -40,11 +40,12 @@ RUNS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("layers",),
         ("error_by_layer", "static_vs_accumulated"),
     ),
-    "puzzles": (
-        f"--tasks chase,lines --presets {ALL_PRESETS} --samples 64 --placements 5",
+    "chase": (
+        f"--tasks chase --presets {ALL_PRESETS} --samples 64 --placements 5",
         ("summary",),
         ("intact_answers",),
     ),
+    "lines": ("--tasks lines --presets k2v2,k4v2 --samples 64 --placements 5", ("summary",), ()),
     "decode": (
         "--tasks text --protocols decode,prefill --presets k2v2 --windows 4 --placements 0",
         ("summary", "positions"),

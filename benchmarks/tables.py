@@ -229,7 +229,8 @@ def _target(text: str, least: float, measured: float | None) -> list[str]:
 
 ATTENTION, MODEL = "decode_attention_cpu.csv", "model_decode_cpu.csv"
 ENCODE, PEERS = "encode_cpu.csv", "demo_peers_cpu.csv"
-EVAL_TEXT, EVAL_PUZZLES = "eval_text_summary.csv", "eval_puzzles_summary.csv"
+EVAL_TEXT = "eval_text_summary.csv"
+EVAL_CHASE, EVAL_LINES = "eval_chase_summary.csv", "eval_lines_summary.csv"
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "targets": ((ATTENTION, MODEL), targets),
     "decode-attention-picture": (
@@ -248,14 +249,14 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "encode-conditions": ((ENCODE,), conditions),
     "encode": ((ENCODE,), encode),
     "peers-quality": ((PEERS,), peers_quality),
-    "eval-overview": ((EVAL_TEXT, EVAL_PUZZLES), evaluated.overview),
+    "eval-overview": ((EVAL_TEXT, EVAL_CHASE, EVAL_LINES), evaluated.overview),
     "eval-text": ((EVAL_TEXT,), evaluated.text),
     "eval-text-outliers": ((EVAL_TEXT,), evaluated.text_outliers),
     "eval-decode": (("eval_decode_summary.csv",), evaluated.decode),
-    "eval-chase": ((EVAL_PUZZLES,), evaluated.chase),
-    "eval-chase-outliers": ((EVAL_PUZZLES,), evaluated.chase_outliers),
-    "eval-lines": ((EVAL_PUZZLES,), evaluated.lines),
-    "eval-lines-outliers": ((EVAL_PUZZLES,), evaluated.lines_outliers),
+    "eval-chase": ((EVAL_CHASE,), evaluated.chase),
+    "eval-chase-outliers": ((EVAL_CHASE,), evaluated.chase_outliers),
+    "eval-lines": ((EVAL_LINES,), evaluated.lines),
+    "eval-lines-outliers": ((EVAL_LINES,), evaluated.lines_outliers),
     "eval-accumulation": (("eval_attention_layers.csv",), evaluated.accumulation),
     "eval-variants": (("eval_variants_summary.csv",), evaluated.variants),
     "eval-tails": (
