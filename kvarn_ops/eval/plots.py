@@ -12,6 +12,7 @@ __all__ = ["draw"]
 
 Row = dict[str, str]
 
+_NOTHING_QUANTIZED = 1e-8  # KL of positions before the first tile is read: rounding
 _ALWAYS_SHOWN = ("paper", "plus")  # these keep their colours whatever else is drawn
 
 
@@ -97,9 +98,10 @@ def _error_against_position(path: Path, rows: list[Row], methods: list[str], not
     for axes, preset in zip(panels, presets, strict=True):
         for method in methods:
             points = [
-                (int(row["position"]), max(float(row["kl"]), 1e-9))
+                (int(row["position"]), float(row["kl"]))
                 for row in rows
                 if row["method"] == method
+                and float(row["kl"]) > _NOTHING_QUANTIZED
                 and row["preset"] in (preset, "-")
                 and (row["model"], row["protocol"]) == ("plain", protocol)
             ]
