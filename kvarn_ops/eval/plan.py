@@ -169,7 +169,8 @@ def _text_jobs(
             check_probe(subject.model)
             how = protocol("pseudo", longest, options.block)
             rows = batches[0][:_ATTENTION_ROWS, :-1]
-            for case in _cases([m for m in methods if m.name != "none"], presets, None):
+            some = dict(list(presets.items())[: 1 if options.quick else None])
+            for case in _cases([m for m in methods if m.name != "none"], some, None):
                 key = f"attention_{variant}_{case.key}"
                 label = f"attention, {variant}, {case.key}"
                 yield Job(
