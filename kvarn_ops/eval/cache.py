@@ -74,12 +74,10 @@ class MethodLayer(DynamicLayer):
             ready = self.config.num_tiles(self.length - start)
             if ready == done:
                 continue
-            first = start + self.config.num_sink_tokens + done * self.config.group_size
-            span = slice(first, first + (ready - done) * self.config.group_size)
             rows = [row for row, value in enumerate(starts) if value == start]
             if done == 0:
-                group = slice(first, first + self.config.group_size)
-                self._first[start] = [x[rows, :, group].float() for x in self._storage]
+                first = self._span(start, 0)
+                self._first[start] = [x[rows, :, first].float() for x in self._storage]
             for stored, origin, quantize in zip(
                 self._storage,
                 self._first[start],
@@ -87,12 +85,16 @@ class MethodLayer(DynamicLayer):
                 strict=True,
             ):
                 # Tiles go through one at a time: temporaries stay small in a long prefill.
-                for tile in stored[rows, :, span].split(self.config.group_size, dim=2):
-                    tile.copy_(quantize(tile.float(), origin, self.config))
-                    stored[rows, :, first : first + self.config.group_size] = tile
-                    first += self.config.group_size
-                first = span.start
+                for tile in range(done, ready):
+                    at = self._span(start, tile)
+                    exact = stored[rows, :, at]
+                    stored[rows, :, at] = quantize(exact.float(), origin, self.config).to(exact)
             self._tiles_done[start] = ready
+
+    def _span(self, start: int, tile: int) -> slice:
+        """Slots of a tile of the rows that begin at `start`."""
+        first = start + self.config.num_sink_tokens + tile * self.config.group_size
+        return slice(first, first + self.config.group_size)
 
     def get_seq_length(self) -> int:
         """Slots used, padding included."""
@@ -145,8 +147,3 @@ class MethodCache(Cache):
                 "nothing to quantize."
             )
         super().__init__(layers=layers)
-
-    def tiles(self) -> int:
-        """Quantized tiles of the first quantized layer and row."""
-        layer = next(layer for layer in self.layers if isinstance(layer, MethodLayer))
-        return max(layer._tiles_done.values(), default=0)

@@ -18,10 +18,10 @@ from .baselines import SCALE_BITS
 from .cache import MethodCache
 from .methods import Method
 from .peers import Peer
+from .protocols import Tick
 
-__all__ = ["Case", "Piece", "Tick"]
+__all__ = ["Case", "Piece", "Tick", "generator_for"]
 
-Tick = Callable[[], None]
 _PEER_GROUP = 64  # of transformers' QuantizedCache
 
 

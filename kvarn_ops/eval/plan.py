@@ -190,12 +190,12 @@ def _question_jobs(
 ) -> Iterator[Job]:
     task = TEXT_TASKS[name]
     if isinstance(task, HumanEval):
+        if not options.allow_code:
+            raise InputError(
+                "humaneval runs code that a model wrote on this machine: add --allow-code if that "
+                "is what you want."
+            )
         task = with_code_execution(task)
-    if name == "humaneval" and not options.allow_code:
-        raise InputError(
-            "humaneval runs code that a model wrote on this machine: add --allow-code if that is "
-            "what you want."
-        )
     path = None if name == "line_text" else options.data_of(name)
     questions = task.load(path, options.limit, options.seed)
     presets = options.adjusted(presets)

@@ -23,8 +23,7 @@ def draw(
     # Every error of a prefill is 0.
     simulated = [r for r in summary if r["cache"] == "simulated" and r["protocol"] != "prefill"]
     positions = [r for r in positions if r["cache"] == "simulated" and r["protocol"] != "prefill"]
-    methods = _ordered(simulated + layers)
-    methods = methods or ["none"]
+    methods = _ordered(simulated + layers) or ["none"]
     text = [row for row in simulated if row["task"] == "text" and row["metric"] == "kl"]
     if text:
         _quality_against_bits(out / "quality_vs_bits.png", text, methods, note)
@@ -46,8 +45,8 @@ def _ordered(rows: list[Row]) -> list[str]:
 def _style(methods: list[str], method: str) -> dict[str, Any]:
     index = methods.index(method)
     if method in _ALWAYS_SHOWN:
-        red = {"paper": 0, "plus": 1}[method]
-        return {"color": color(red), "marker": marker(red), "linewidth": 2.0, "zorder": 3}
+        own = _ALWAYS_SHOWN.index(method)
+        return {"color": color(own), "marker": marker(own), "linewidth": 2.0, "zorder": 3}
     shade = ("#009E73", "#CC79A7", "#B8860B", "#E69F00", "#56B4E9", "#7F7F7F", "#000000")
     return {
         "color": shade[index % len(shade)],
@@ -148,7 +147,7 @@ def _intact_answers(path: Path, rows: list[Row], methods: list[str], note: str) 
 
 
 def _error_by_layer(path: Path, rows: list[Row], methods: list[str], note: str) -> None:
-    """Heat map: accumulated error of attention outputs, layers against methods, by quarter."""
+    """Heat map: accumulated error of attention outputs, layers against methods."""
     preset = _presets(rows)[0]
     wanted = [
         row

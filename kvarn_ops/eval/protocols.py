@@ -27,7 +27,6 @@ __all__ = [
 
 PROTOCOLS = ("decode", "pseudo", "prefill")
 
-NewCache = Callable[[], Any]
 Tick = Callable[[], None]
 
 

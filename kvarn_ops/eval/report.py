@@ -69,14 +69,14 @@ def collect(done: Iterable[tuple[Job, dict[str, Tensor]]]) -> Results:
         for metric, values in tensors.items():
             if first.kind == "text":  # before the first tile is read, all are dense
                 values = values[:, first.first - first.positions.start :]
-            results.summary.append(_number(columns, metric, _mean(first, metric, values), values))
+            results.summary.append(_number(columns, metric, _mean(first, values), values))
         if first.kind == "text":
             results.positions.extend(_position_rows(columns, first.positions, tensors))
     results.summary.extend(_over_placements(results.summary))
     return results
 
 
-def _mean(job: Job, metric: str, values: Tensor) -> Mean:
+def _mean(job: Job, values: Tensor) -> Mean:
     if job.kind == "text":
         return mean_of_rows(values)
     if bool(((values == 0) | (values == 1)).all()):  # trials that succeeded or did not

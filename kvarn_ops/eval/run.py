@@ -53,11 +53,11 @@ def run_eval(options: Options, console: Console) -> Results:
     missing = [job for job in plan if known[job.piece.key] is None]
     if len(missing) < len(plan):
         console.print(f"{len(plan) - len(missing)} of {len(plan)} pieces are there already.")
-    done = [(job, known[job.piece.key]) for job in plan]
     with _progress(console) as progress:
         bar = progress.add_task("", total=sum(job.piece.forwards for job in missing))
         finished: list[tuple[Job, dict[str, Tensor]]] = []
-        for job, tensors in done:
+        for job in plan:
+            tensors = known[job.piece.key]
             if tensors is None:
                 progress.update(bar, description=job.piece.label)
                 tensors = job.piece.run(lambda: progress.advance(bar))

@@ -12,8 +12,6 @@ __all__ = ["Errors", "Mean", "compare_logits", "mean_of_rows", "proportion", "sp
 
 _ELEMENTS_AT_ONCE = 1 << 26  # of logits: a large vocabulary makes long prefills exceed memory
 
-_ELEMENTS_AT_ONCE = 1 << 26  # of logits: a large vocabulary makes long prefills exceed memory
-
 
 def compare_logits(dense: Tensor, other: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Compare logits `[B, s, V]` for the next tokens `targets` `[B, s]`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from .scores import compare_logits
 __all__ = ["DenseRun", "text_piece"]
 
 _KEPT_BYTES = 1 << 30  # dense logits that are kept for the next method; more are computed again
-_kept: dict[int, list[tuple[range, Tensor]]] = {}  # of the batch that was asked for last
 
 
 class DenseRun:
@@ -32,8 +31,11 @@ class DenseRun:
         How the tokens are fed.
     """
 
+    _last: ClassVar[DenseRun | None] = None  # only this one keeps its logits
+
     def __init__(self, model: Callable[[], Any], windows: Tensor, protocol: Protocol) -> None:
         self.model, self.windows, self.protocol = model, windows, protocol
+        self._kept: list[tuple[range, Tensor]] = []
 
     @property
     def ids(self) -> Tensor:
@@ -47,9 +49,12 @@ class DenseRun:
 
     def logits(self) -> Iterator[tuple[range, Tensor]]:
         """Positions and logits `[B, s, V]`, in order."""
-        if id(self) in _kept:
-            return iter(_kept[id(self)])
-        _kept.clear()
+        if DenseRun._last is not self:
+            if DenseRun._last is not None:
+                DenseRun._last._kept = []
+            DenseRun._last = self
+        if self._kept:
+            return iter(self._kept)
         model = self.model()
         cache = DynamicCache(config=model.config)
         run = teacher_forced(model, cache, self.ids, self.protocol)
@@ -57,8 +62,8 @@ class DenseRun:
         positions = len(self.protocol.scored(self.ids.shape[1]))
         if len(self.ids) * positions * vocabulary * model.dtype.itemsize > _KEPT_BYTES:
             return run
-        _kept[id(self)] = list(run)
-        return iter(_kept[id(self)])
+        self._kept = list(run)
+        return iter(self._kept)
 
 
 def text_piece(case: Case, dense: DenseRun, key: str, label: str) -> Piece:

@@ -220,3 +220,14 @@ def test_standard_errors():
     # 0.035 from the rows, 0.1 between the two placements.
     assert scores.mean_of_means(parts) == pytest.approx((0.3, math.hypot(0.035, 0.1)))
     assert math.isnan(scores.mean_of_means(parts[:1]).error)
+
+
+def test_each_batch_is_compared_with_its_own_dense_run(model):
+    how = protocol("pseudo", CONFIG, 16)
+    runs = [DenseRun(lambda: model, ids(1, 100, seed), how) for seed in (1, 2)]
+    first, second, again = (
+        torch.cat([logits for _, logits in run.logits()], 1) for run in (*runs, runs[0])
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    assert [bool(run._kept) for run in runs] == [True, False], "one batch at a time is kept"
