@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from markdown_table import markdown
 
 Rows = list[dict[str, str]]
@@ -28,55 +30,44 @@ def _presets(rows: Rows) -> list[str]:
     return [name for name in dict.fromkeys(row["preset"] for row in rows) if name != "-"]
 
 
+def _simulated(rows: Rows, preset: str, **wanted: str) -> dict[str, str] | None:
+    """The row at a preset; of methods that have no bits to choose, their only one."""
+    wanted |= {"cache": "simulated"}
+    return _find(rows, preset=preset, **wanted) or _find(rows, preset="-", **wanted)
+
+
+def _named(method: str) -> str:
+    return f"**{method}**" if method == "plus" else method
+
+
 def by_preset(
     rows: Rows, task: str, metric: str, model: str, protocol: str, factor: float, digits: int
 ) -> str:
     """A line per method, a column per preset; bits of the first preset."""
     presets = _presets(rows)
+    wanted = {"task": task, "metric": metric, "model": model, "protocol": protocol}
     lines = []
     for method in METHODS:
-        cells = []
-        for preset in presets:
-            found = None
-            for name in (preset, "-"):
-                found = found or _find(
-                    rows, task=task, metric=metric, model=model, protocol=protocol,
-                    method=method, preset=name, cache="simulated",
-                )  # fmt: skip
-            cells.append(_number(found, factor, digits))
+        found = [_simulated(rows, preset, method=method, **wanted) for preset in presets]
+        cells = [_number(row, factor, digits) for row in found]
         if any(cells):
             bits = next(row["bits"] for row in rows if row["method"] == method)
-            lines.append([f"**{method}**" if method == "plus" else method, bits, *cells])
+            lines.append([_named(method), bits, *cells])
     head = ["method", f"bits at {presets[0]}", *presets]
     return markdown(head, lines)
 
 
-def text(rows: Rows) -> str:
-    return by_preset(rows, "text", "kl", "plain", "pseudo", 1e3, 2)
-
-
-def text_outliers(rows: Rows) -> str:
-    return by_preset(rows, "text", "kl", "outliers_mean", "pseudo", 1e3, 2)
-
-
-def decode(rows: Rows) -> str:
-    return by_preset(rows, "text", "kl", "plain", "decode", 1e3, 2)
-
-
-def chase(rows: Rows) -> str:
-    return by_preset(rows, "chase", "intact", "plain", "free", 100, 0)
-
-
-def chase_outliers(rows: Rows) -> str:
-    return by_preset(rows, "chase", "intact", "outliers_mean", "free", 100, 0)
-
-
-def lines(rows: Rows) -> str:
-    return by_preset(rows, "lines", "accuracy", "plain", "free", 100, 1)
-
-
-def lines_outliers(rows: Rows) -> str:
-    return by_preset(rows, "lines", "accuracy", "outliers_mean", "free", 100, 1)
+_TEXT = {"task": "text", "metric": "kl", "factor": 1e3, "digits": 2}
+_CHASE = {"task": "chase", "metric": "intact", "protocol": "free", "factor": 100, "digits": 0}
+_LINES = {"task": "lines", "metric": "accuracy", "protocol": "free", "factor": 100, "digits": 1}
+_PLAIN, _OUTLIERS = {"model": "plain"}, {"model": "outliers_mean"}
+text = partial(by_preset, **_TEXT, **_PLAIN, protocol="pseudo")
+text_outliers = partial(by_preset, **_TEXT, **_OUTLIERS, protocol="pseudo")
+decode = partial(by_preset, **_TEXT, **_PLAIN, protocol="decode")
+chase = partial(by_preset, **_CHASE, **_PLAIN)
+chase_outliers = partial(by_preset, **_CHASE, **_OUTLIERS)
+lines = partial(by_preset, **_LINES, **_PLAIN)
+lines_outliers = partial(by_preset, **_LINES, **_OUTLIERS)
 
 
 def overview(text_rows: Rows, chase_rows: Rows, lines_rows: Rows) -> str:
@@ -90,16 +81,14 @@ def overview(text_rows: Rows, chase_rows: Rows, lines_rows: Rows) -> str:
             (lines_rows, "lines", "accuracy", "free", 100, 0),
         ):
             for model in ("plain", "outliers_mean"):
-                row = None
-                for preset in ("k2v2", "-"):
-                    row = row or _find(
-                        rows, task=task, metric=metric, protocol=protocol, model=model,
-                        method=method, preset=preset, cache="simulated",
-                    )  # fmt: skip
+                row = _simulated(
+                    rows, "k2v2", task=task, metric=metric, protocol=protocol, model=model,
+                    method=method,
+                )  # fmt: skip
                 cells.append(_number(row, factor, digits))
         if any(cells):
             bits = next(row["bits"] for row in text_rows if row["method"] == method)
-            found.append([f"**{method}**" if method == "plus" else method, bits, *cells])
+            found.append([_named(method), bits, *cells])
     head = ["method", "bits", "text KL, 10⁻³ nats", "… outliers", "chains intact, %", "… outliers",
             "lines found, %", "… outliers"]  # fmt: skip
     return markdown(head, found)

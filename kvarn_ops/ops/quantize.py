@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,51 +26,35 @@ _DEQUANTIZE = (
 )
 
 
-def _quantize_keys(
-    tiles: Tensor, rotation: Tensor, equalizer: Tensor | None, config: str
-) -> EncodedTiles:
-    parsed = KVarNConfig.from_string(config)
-    check_tiles(tiles, parsed)
-    return _owned(encode_keys(tiles, parsed, rotation, equalizer))
+def _quantizer(encode: Callable[..., EncodedTiles]) -> Callable[..., EncodedTiles]:
+    """The kernel over `encode_keys` or `encode_values`."""
+
+    def kernel(
+        tiles: Tensor, rotation: Tensor, equalizer: Tensor | None, config: str
+    ) -> EncodedTiles:
+        parsed = KVarNConfig.from_string(config)
+        check_tiles(tiles, parsed)
+        encoded = encode(tiles, parsed, rotation, equalizer)
+        return EncodedTiles(*(tensor.contiguous() for tensor in encoded))  # as the fakes promise
+
+    return kernel
 
 
-def _quantize_values(
-    tiles: Tensor, rotation: Tensor, equalizer: Tensor | None, config: str
-) -> EncodedTiles:
-    parsed = KVarNConfig.from_string(config)
-    check_tiles(tiles, parsed)
-    return _owned(encode_values(tiles, parsed, rotation, equalizer))
+def _dequantizer(decode: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel over `decode_keys` or `decode_values`."""
 
+    def kernel(
+        codes: Tensor,
+        affine: Tensor,
+        other_scale: Tensor,
+        rotation: Tensor,
+        equalizer: Tensor | None,
+        config: str,
+    ) -> Tensor:
+        tiles = EncodedTiles(codes, affine, other_scale)
+        return decode(tiles, KVarNConfig.from_string(config), rotation, equalizer).contiguous()
 
-def _owned(encoded: EncodedTiles) -> EncodedTiles:
-    """Contiguous, as the fakes promise."""
-    return EncodedTiles(*(tensor.contiguous() for tensor in encoded))
-
-
-def _dequantize_keys(
-    codes: Tensor,
-    affine: Tensor,
-    other_scale: Tensor,
-    rotation: Tensor,
-    equalizer: Tensor | None,
-    config: str,
-) -> Tensor:
-    parsed = KVarNConfig.from_string(config)
-    tiles = EncodedTiles(codes, affine, other_scale)
-    return decode_keys(tiles, parsed, rotation, equalizer).contiguous()
-
-
-def _dequantize_values(
-    codes: Tensor,
-    affine: Tensor,
-    other_scale: Tensor,
-    rotation: Tensor,
-    equalizer: Tensor | None,
-    config: str,
-) -> Tensor:
-    parsed = KVarNConfig.from_string(config)
-    tiles = EncodedTiles(codes, affine, other_scale)
-    return decode_values(tiles, parsed, rotation, equalizer).contiguous()
+    return kernel
 
 
 def _quantize_keys_fake(
@@ -91,35 +78,25 @@ def _fake_encoded(tiles: Tensor, row_dim: int, packed_dim: int, bits: int) -> En
     )
 
 
-def _dequantize_keys_fake(
-    codes: Tensor,
-    affine: Tensor,
-    other_scale: Tensor,
-    rotation: Tensor,
-    equalizer: Tensor | None,
-    config: str,
-) -> Tensor:
+def _dequantize_keys_fake(codes: Tensor, affine: Tensor, *rest: Any) -> Tensor:
     return affine.new_empty(
         (*codes.shape[:-2], codes.shape[-2], affine.shape[-1]), dtype=torch.float32
     )
 
 
-def _dequantize_values_fake(
-    codes: Tensor,
-    affine: Tensor,
-    other_scale: Tensor,
-    rotation: Tensor,
-    equalizer: Tensor | None,
-    config: str,
-) -> Tensor:
+def _dequantize_values_fake(codes: Tensor, affine: Tensor, *rest: Any) -> Tensor:
     return affine.new_empty(
         (*codes.shape[:-2], affine.shape[-1], codes.shape[-2]), dtype=torch.float32
     )
 
 
-quantize_keys = define("quantize_keys", _QUANTIZE, _quantize_keys, _quantize_keys_fake)
-quantize_values = define("quantize_values", _QUANTIZE, _quantize_values, _quantize_values_fake)
-dequantize_keys = define("dequantize_keys", _DEQUANTIZE, _dequantize_keys, _dequantize_keys_fake)
+quantize_keys = define("quantize_keys", _QUANTIZE, _quantizer(encode_keys), _quantize_keys_fake)
+quantize_values = define(
+    "quantize_values", _QUANTIZE, _quantizer(encode_values), _quantize_values_fake
+)
+dequantize_keys = define(
+    "dequantize_keys", _DEQUANTIZE, _dequantizer(decode_keys), _dequantize_keys_fake
+)
 dequantize_values = define(
-    "dequantize_values", _DEQUANTIZE, _dequantize_values, _dequantize_values_fake
+    "dequantize_values", _DEQUANTIZE, _dequantizer(decode_values), _dequantize_values_fake
 )
