@@ -6,6 +6,8 @@ from functools import partial
 
 from markdown_table import markdown
 
+from kvarn_ops.tables import with_error
+
 Rows = list[dict[str, str]]
 
 METHODS = (
@@ -18,8 +20,7 @@ def _number(row: dict[str, str] | None, factor: float, digits: int) -> str:
     if row is None:
         return ""
     value, error = factor * float(row["value"]), factor * float(row["standard_error"])
-    text = f"{value:.{digits}f}"
-    return text if error != error else f"{text} ± {error:.{digits}f}"
+    return with_error(value, error, digits)
 
 
 def _find(rows: Rows, **wanted: str) -> dict[str, str] | None:

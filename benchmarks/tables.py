@@ -17,6 +17,7 @@ import evaluation_tables as evaluated
 from markdown_table import markdown
 
 from kvarn_ops.benchmark.results import measured
+from kvarn_ops.tables import with_error
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -188,8 +189,8 @@ def peers_quality(rows: Rows) -> str:
     lines = []
     for row in rows:
         dense = row["method"] == "dense"
-        kl = "0" if dense else f"{1e3 * float(row['kl']):.2f} ± {1e3 * float(row['kl_se']):.2f}"
-        delta = f"{100 * float(row['delta']):+.2f} ± {100 * float(row['delta_se']):.2f}"
+        kl = "0" if dense else with_error(1e3 * float(row["kl"]), 1e3 * float(row["kl_se"]))
+        delta = with_error(100 * float(row["delta"]), 100 * float(row["delta_se"]), signed=True)
         lines.append(
             [
                 row["method"],

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..tables import write_rows
 
 __all__ = ["CONDITIONS", "ResultFile", "conditions", "measured", "read_rows"]
 
@@ -94,12 +95,7 @@ class ResultFile:
         same = [text[name] for name in names]
         kept = [known for known in self.rows if [known[name] for name in names] != same]
         self.rows = [*kept, text]
-        part = self.path.with_name(self.path.name + ".part")
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(text), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        part.replace(self.path)  # at once: a reader never sees half a file
+        write_rows(self.path, self.rows)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -28,7 +28,6 @@ __all__ = [
     "check_tiles_are_quantized",
     "compiled",
     "continuation",
-    "kl_divergence",
     "other_dense_speeds",
     "teacher_forced",
 ]
@@ -145,12 +144,6 @@ def compiled(model: Any) -> Step:
         return result
 
     return step
-
-
-def kl_divergence(dense: Tensor, other: Tensor) -> Tensor:
-    """`[B]` nats: how far the distribution of logits `other` `[B, V]` is from that of `dense`."""
-    log_p, log_q = dense.float().log_softmax(-1), other.float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def other_dense_speeds(

@@ -22,6 +22,7 @@ from ..config import KVarNConfig
 from ..errors import InputError
 from ..eval.data import Subject, Window
 from ..eval.peers import Peer, cache_bytes
+from ..eval.scores import kl_divergence
 from ..hf.cache import KVarNCache
 from ..hf.layer import KVarNLayer
 from .decode import (
@@ -29,7 +30,6 @@ from .decode import (
     check_tiles_are_quantized,
     compiled,
     continuation,
-    kl_divergence,
     other_dense_speeds,
     teacher_forced,
 )

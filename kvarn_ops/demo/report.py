@@ -1,10 +1,10 @@
-"""What the demo shows: one table, the continuations, and CSV files of both."""
+"""What the demo shows: one table, the continuations, and files of them."""
 
 from __future__ import annotations
 
 import csv
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from rich.text import Text
 from torch import Tensor
 
 from ..eval.data import Codec
+from ..eval.scores import mean_of_rows
+from ..tables import with_error
 
 __all__ = [
     "Row",
@@ -26,7 +28,6 @@ __all__ = [
     "results_table",
     "write_continuations",
     "write_positions",
-    "write_table",
 ]
 
 _SHOWN_PROMPT = 240  # characters
@@ -41,15 +42,15 @@ class Scores:
 
     def summary(self, dense: Scores, first: int) -> dict[str, float]:
         """Means with standard errors over windows, from row `first` on."""
-        accuracy, accuracy_se = mean_and_error(self.hits[first:].double())
+        accuracy, accuracy_se = mean_of_rows(self.hits[first:].T)
         change = self.hits[first:].double() - dense.hits[first:].double()
-        delta, delta_se = mean_and_error(change)
+        delta, delta_se = mean_of_rows(change.T)
         values = dict(
             accuracy=accuracy, accuracy_se=accuracy_se, delta=delta, delta_se=delta_se,
             kl=0.0, kl_se=0.0,
         )  # fmt: skip
         if self.kl is not None:
-            values["kl"], values["kl_se"] = mean_and_error(self.kl[first:].double())
+            values["kl"], values["kl_se"] = mean_of_rows(self.kl[first:].T)
         return values
 
 
@@ -69,14 +70,6 @@ class Row:
     accuracy_se: float
     delta: float  # accuracy minus that of dense on the same bytes
     delta_se: float
-
-
-def mean_and_error(x: Tensor) -> tuple[float, float]:
-    """Mean of `x` `[T, B]` and its standard error, windows taken as independent samples."""
-    per_window = x.mean(0)
-    count = len(per_window)
-    error = per_window.std().item() / math.sqrt(count) if count > 1 else math.nan
-    return per_window.mean().item(), error
 
 
 def results_table(rows: list[Row], unit: str) -> Table:
@@ -106,12 +99,6 @@ def results_table(rows: list[Row], unit: str) -> Table:
             "" if dense else with_error(100 * row.delta, 100 * row.delta_se, signed=True),
         )
     return table
-
-
-def with_error(value: float, error: float, signed: bool = False) -> str:
-    """`1.23 ± 0.04`; without the error if there is none."""
-    text = f"{value:+.2f}" if signed else f"{value:.2f}"
-    return text if math.isnan(error) else f"{text} ± {error:.2f}"
 
 
 def agreeing(dense: list[int], other: list[int]) -> int:
@@ -147,16 +134,6 @@ def continuation_panels(
                 text.append(codec.decode(ids[same:]), style="yellow")
         panels.append(Panel(text, title=title, title_align="left"))
     return Group(*panels)
-
-
-def write_table(path: Path, rows: list[Row], header: dict[str, str]) -> None:
-    """Write the table's numbers, in full precision, after comment lines that describe the run."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        for key, value in header.items():
-            file.write(f"# {key}: {value}\n")
-        writer = csv.DictWriter(file, [item.name for item in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
 
 
 def write_positions(path: Path, scores: dict[str, Scores], prefix: int) -> None:

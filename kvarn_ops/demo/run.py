@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from ..config import KVarNConfig, parse_presets
 from ..errors import InputError
 from ..eval.data import Subject, cut_windows, find_model, load_subject, read_documents
 from ..eval.peers import Peer, parse_peers
+from ..tables import write_rows
 from . import plots, report
 from .decode import Plan
 from .measure import Measured, Setup, continue_prompt, decode_windows
@@ -66,7 +67,7 @@ def run_demo(options: Options, console: Console) -> list[report.Row]:
     console.print(report.continuation_panels(prompt, texts, codec, console))
 
     out = options.out
-    report.write_table(out / "table.csv", measured.rows, header)
+    write_rows(out / "table.csv", [asdict(row) for row in measured.rows], header)
     report.write_positions(out / "positions.csv", measured.scores, setup.plan.prefix)
     report.write_continuations(out / "continuations.txt", prompt, texts, codec, setup.prompt.source)
     plan = setup.plan

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,12 +12,13 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
+from ..tables import with_error
 from .attention_error import KINDS
 from .plan import Job
 from .question_runs import answers_of
 from .scores import Errors, Mean, mean_of_means, mean_of_rows, proportion
 
-__all__ = ["Results", "collect", "summary_table", "write_rows"]
+__all__ = ["Results", "collect", "summary_table"]
 
 _BIN = 64  # positions per line of positions.csv; divides every tile
 _LABELS = ("task", "model", "protocol", "preset", "method", "cache", "bits")
@@ -54,7 +53,7 @@ def collect(done: Iterable[tuple[Job, dict[str, Tensor]]]) -> Results:
         groups[tuple(job.columns[name] for name in _LABELS)].append((job, tensors))
     results = Results([], [], [], [])
     for label, members in groups.items():
-        columns = dict(zip(_LABELS, label, strict=True))
+        columns: Row = dict(zip(_LABELS, label, strict=True))
         first = members[0][0]
         if first.kind == "attention":
             results.layers.extend(_layer_rows(columns, first, members[0][1]))
@@ -152,19 +151,6 @@ def _layer_rows(columns: Row, job: Job, tensors: dict[str, Tensor]) -> list[Row]
     return rows
 
 
-def write_rows(path: Path, rows: list[Row], header: dict[str, str]) -> None:
-    """Write rows after comment lines that describe the run; the file is replaced at once."""
-    part = path.with_suffix(".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        for key, value in header.items():
-            file.write(f"# {key}: {value}\n")
-        if rows:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    part.replace(path)
-
-
 def summary_table(rows: list[Row]) -> Table:
     """Headline numbers: a line per method and preset, a column per task and model."""
     wanted = [row for row in rows if row["metric"] == HEADLINE.get(row["task"])
@@ -198,6 +184,4 @@ def summary_table(rows: list[Row]) -> Table:
 
 def _cell(row: Row, factor: float) -> str:
     value, error = factor * float(row["value"]), factor * float(row["standard_error"])
-    digits = 0 if factor == 100 else 2
-    text = f"{value:.{digits}f}"
-    return text if error != error else f"{text} ± {error:.{digits}f}"
+    return with_error(value, error, digits=0 if factor == 100 else 2)

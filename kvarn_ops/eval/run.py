@@ -20,11 +20,12 @@ from torch import Tensor
 
 from ..benchmark.results import conditions
 from ..errors import InputError
+from ..tables import write_rows
 from . import plots
 from .checks import fingerprint
 from .options import Options
 from .plan import Job, jobs, tasks_of
-from .report import Results, collect, summary_table, write_rows
+from .report import Results, collect, summary_table
 from .store import Store
 
 __all__ = ["run_eval"]

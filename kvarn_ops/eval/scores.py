@@ -8,7 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Errors", "Mean", "compare_logits", "mean_of_rows", "proportion", "split_error"]
+__all__ = [
+    "Errors",
+    "Mean",
+    "compare_logits",
+    "kl_divergence",
+    "mean_of_rows",
+    "proportion",
+    "split_error",
+]
 
 _ELEMENTS_AT_ONCE = 1 << 26  # of logits: a large vocabulary makes long prefills exceed memory
 
@@ -34,11 +42,20 @@ def compare_logits(dense: Tensor, other: Tensor, targets: Tensor) -> dict[str, T
     at = targets.unsqueeze(-1)
     best = log_q.argmax(-1)
     return {
-        "kl": (log_p.exp() * (log_p - log_q)).sum(-1),
+        "kl": _kl(log_p, log_q),
         "delta_loss": (log_p.gather(-1, at) - log_q.gather(-1, at)).squeeze(-1),
         "agreement": (best == log_p.argmax(-1)).float(),
         "accuracy": (best == targets).float(),
     }
+
+
+def kl_divergence(dense: Tensor, other: Tensor) -> Tensor:
+    """`[...]` nats: how far the distribution of logits `other` `[..., V]` is from the dense one."""
+    return _kl(dense.float().log_softmax(-1), other.float().log_softmax(-1))
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 class Errors(NamedTuple):

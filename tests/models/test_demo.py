@@ -20,10 +20,10 @@ pytest.importorskip("matplotlib")
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvarn_ops
-from kvarn_ops import cli
+from kvarn_ops import cli, tables
 from kvarn_ops.demo import decode, report, run
 from kvarn_ops.errors import CacheError, InputError, KVarNError
-from kvarn_ops.eval import data
+from kvarn_ops.eval import data, scores
 from kvarn_ops.eval.codec import ByteCodec, load_codec
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 1, 32
@@ -278,7 +278,7 @@ def test_kl_is_that_of_float64():
     dense, other = torch.randn(2, 5, 258) * 4
     p, q = dense.double().softmax(-1), other.double().softmax(-1)
     wanted = (p * (p / q).log()).sum(-1)
-    assert torch.allclose(decode.kl_divergence(dense, other).double(), wanted, rtol=1e-5)
+    assert torch.allclose(scores.kl_divergence(dense, other).double(), wanted, rtol=1e-5)
 
 
 def test_errors_are_over_windows_and_paired():
@@ -289,7 +289,7 @@ def test_errors_are_over_windows_and_paired():
     assert (summary["kl"], summary["kl_se"]) == (2.0, pytest.approx(1.0))
     assert (summary["accuracy"], summary["delta"], summary["delta_se"]) == (1.0, 0.0, 0.0)
     one = report.Scores(kl[:, :1], hits[:, :1]).summary(report.Scores(None, hits[:, :1]), first=2)
-    assert report.with_error(one["kl"], one["kl_se"]) == "1.00"
+    assert tables.with_error(one["kl"], one["kl_se"]) == "1.00"
 
 
 @pytest.mark.parametrize(
