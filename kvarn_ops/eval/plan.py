@@ -17,7 +17,7 @@ from .data import Subject, cut_windows, find_model, load_model, load_subject, re
 from .methods import Method, parse_methods
 from .options import Options, chosen
 from .outliers import check_outliers, with_outliers
-from .peers import parse_peers
+from .peers import Peer, parse_peers
 from .pieces import Case, Piece, generator_for
 from .protocols import PROTOCOLS, protocol
 from .puzzle_runs import puzzle_piece
@@ -56,6 +56,7 @@ def jobs(options: Options) -> list[Job]:
     """
     methods = parse_methods(options.methods)
     presets = parse_presets(options.presets, "--presets")
+    peers = parse_peers(options.peers)
     names = chosen(options.protocols or ",".join(PROTOCOLS), PROTOCOLS, "--protocols")
     tasks = tasks_of(options)
     check_options(options, tasks)
@@ -65,13 +66,13 @@ def jobs(options: Options) -> list[Job]:
         if not can_be_packed(subject.model, options.adjusted(presets).values()):
             methods = [method._replace(encoder=None) for method in methods]
         if set(tasks) & set(_OWN_MODEL_TASKS):
-            found += _text_jobs(options, subject, tasks, names, methods, presets)
+            found += _text_jobs(options, subject, tasks, names, methods, presets, peers)
         for task in tasks:
             if task in TEXT_TASKS:
-                found += _question_jobs(options, subject, task, methods, presets)
+                found += _question_jobs(options, subject, task, methods, presets, peers)
     for task in tasks:
         if task in PUZZLES:
-            found += _puzzle_jobs(options, PUZZLES[task], methods, presets)
+            found += _puzzle_jobs(options, PUZZLES[task], methods, presets, peers)
     return found
 
 
@@ -105,7 +106,7 @@ class _Variants:
 
 
 def _cases(
-    methods: list[Method], presets: dict[str, KVarNConfig], peers: str | None = ""
+    methods: list[Method], presets: dict[str, KVarNConfig], peers: list[Peer] | None
 ) -> Iterator[Case]:
     """Every method at every preset, in the product's cache too; `peers` None: simulated only."""
     done = set()
@@ -118,7 +119,7 @@ def _cases(
             yield Case(method, name, config)
             if peers is not None and method.name in _PACKED_METHODS and method.encoder:
                 yield Case(method, name, config, packed=True)
-    for peer in parse_peers(peers or ""):
+    for peer in peers or ():
         yield Case.of_peer(peer, next(iter(presets.values())))
 
 
@@ -141,6 +142,7 @@ def _text_jobs(
     names: list[str],
     methods: list[Method],
     presets: dict[str, KVarNConfig],
+    peers: list[Peer],
 ) -> Iterator[Job]:
     presets = options.adjusted(presets)
     windows = _windows(options, subject, list(presets.values()))
@@ -155,7 +157,7 @@ def _text_jobs(
             how = protocol(name, longest, options.block)
             for index, batch in enumerate(batches):
                 dense = DenseRun(load, batch, how)
-                for case in _cases(methods, presets, options.peers):
+                for case in _cases(methods, presets, peers):
                     key = f"text_{variant}_{name}_{case.key}_{index}"
                     label = f"text, {variant}, {name}, {case.key}"
                     yield Job(
@@ -187,6 +189,7 @@ def _question_jobs(
     name: str,
     methods: list[Method],
     presets: dict[str, KVarNConfig],
+    peers: list[Peer],
 ) -> Iterator[Job]:
     task = TEXT_TASKS[name]
     if isinstance(task, HumanEval):
@@ -205,7 +208,7 @@ def _question_jobs(
     check_room(subject.model, longest + steps, f"{name} with {steps} new tokens")
     # Prompts of similar length together: padding is work.
     order = sorted(questions, key=lambda question: len(question.prompt))
-    for case in _cases(methods, presets, options.peers):
+    for case in _cases(methods, presets, peers):
         for index in range(0, len(order), options.batch):
             key = f"{name}_{case.key}_{index}"
             yield Job(
@@ -241,7 +244,11 @@ def _windows(options: Options, subject: Subject, configs: list[KVarNConfig]) -> 
 
 
 def _puzzle_jobs(
-    options: Options, puzzle: Puzzle, methods: list[Method], presets: dict[str, KVarNConfig]
+    options: Options,
+    puzzle: Puzzle,
+    methods: list[Method],
+    presets: dict[str, KVarNConfig],
+    peers: list[Peer],
 ) -> Iterator[Job]:
     model = load_model(find_model(None, puzzle.model), *options.placed())
     head_dim = head_dim_of(model.config)
@@ -252,7 +259,7 @@ def _puzzle_jobs(
     batch = type(batch)(*(tensor.to(model.device) for tensor in batch))
     variants = _Variants(model, options.placements)
     for variant in variants.names:
-        for case in _cases(methods, presets, options.peers):
+        for case in _cases(methods, presets, peers):
             key = f"{puzzle.name}_{variant}_{case.key}"
             label = f"{puzzle.name}, {variant}, {case.key}"
             yield Job(
