@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from ..layout import PackedTiles, TileCache, allocate
 from ..ops.dense import tiles_of
 from ..ops.validate import check_new_tokens
 from .crop import check_crop
+from .rows import selected, selected_shared
 
 __all__ = ["KVarNLayer"]
 
@@ -259,20 +259,13 @@ class KVarNLayer(CacheLayerMixin):
             self.select_rows(rows[indices.to(self.device)])
 
     def select_rows(self, rows: Tensor) -> None:
-        """Make rows `rows` `[n]` int64 of the batch the new batch, in new memory.
-
-        Shared tiles stay shared if every new row comes from the same one, or in the same order.
-        """
+        """Make rows `rows` `[n]` int64 of the batch the new batch, in new memory."""
         assert self.tiles is not None
-        high_water, shared = self._high_water.index_select(0, rows), self.shared
-        if shared is not None and shared.k_codes.shape[0] > 1:
-            sources = shared.k_codes.shape[0]
-            origin = rows // (self.batch_size // sources)
-            regular = torch.arange(sources, device=rows.device)
-            regular = regular.repeat_interleave(-(-len(rows) // sources))
-            if not torch.equal(origin, regular):
-                shared = PackedTiles(*_take_rows(shared, origin))
-        self.adopt(TileCache(*_take_rows(self.tiles, rows)), shared, high_water)
+        shared = self.shared
+        if shared is not None:
+            shared = selected_shared(shared, rows, self.batch_size)
+        high_water = self._high_water.index_select(0, rows)
+        self.adopt(TileCache(*selected(self.tiles, rows)), shared, high_water)
 
     def offload(self) -> None:
         """Not offered: transformers would move whole layers to and fro in every step."""
@@ -300,7 +293,3 @@ class KVarNLayer(CacheLayerMixin):
             shared = PackedTiles(*(tensor.to(device) for tensor in shared))
         self.adopt(TileCache(**moved), shared, high_water)
         self.frozen_tiles = frozen if self.offload_tiles else 0
-
-
-def _take_rows(tensors: Iterable[Tensor], rows: Tensor) -> list[Tensor]:
-    return [tensor.index_select(0, rows.to(tensor.device)) for tensor in tensors]
