@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,11 +15,10 @@ from kvarn_ops import versions
 
 
 @pytest.fixture(scope="module")
-def script(repo_root: Path) -> ModuleType:
-    """tests/versions.py, which is no package's module."""
-    spec = importlib.util.spec_from_file_location(
-        "versions_script", repo_root / "tests/versions.py"
-    )
+def table(repo_root: Path) -> ModuleType:
+    """tests/versions_table.py, which is no package's module."""
+    path = repo_root / "tests/versions_table.py"
+    spec = importlib.util.spec_from_file_location("versions_table", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -27,15 +27,15 @@ def script(repo_root: Path) -> ModuleType:
     return module
 
 
-def test_the_readme_shows_what_the_runs_gave(script: ModuleType) -> None:
-    readme = script.README.read_text()
-    assert script.with_table(readme, script.read_rows()) == readme, "run tests/versions.py --table"
+def test_the_readme_shows_what_the_runs_gave(table: ModuleType) -> None:
+    readme = table.README.read_text()
+    assert table.with_table(readme, table.read_rows()) == readme, "run tests/versions.py --table"
 
 
-def test_every_combination_was_run_and_passed(script: ModuleType) -> None:
-    rows = script.read_rows()
-    assert [row.combination for row in rows] == [one.name for one in script.COMBINATIONS]
-    for row, wanted in zip(rows, script.COMBINATIONS, strict=True):
+def test_every_combination_was_run_and_passed(table: ModuleType) -> None:
+    rows = table.read_rows()
+    assert [row.combination for row in rows] == [one.name for one in table.COMBINATIONS]
+    for row, wanted in zip(rows, table.COMBINATIONS, strict=True):
         assert row.failed == 0, f"{row.combination}: {row.failed} tests failed"
         assert row.passed > 100, f"{row.combination}: hardly anything ran"
         assert row.python.startswith(wanted.python + ".")
@@ -43,7 +43,7 @@ def test_every_combination_was_run_and_passed(script: ModuleType) -> None:
         assert row.transformers == wanted.transformers
 
 
-def test_bounds_are_tested_versions(script: ModuleType, repo_root: Path) -> None:
+def test_bounds_are_tested_versions(table: ModuleType, repo_root: Path) -> None:
     pyproject = (repo_root / "pyproject.toml").read_text()
     lowest = {
         name: re.search(pattern, pyproject)[1]  # type: ignore[index]
@@ -53,10 +53,10 @@ def test_bounds_are_tested_versions(script: ModuleType, repo_root: Path) -> None
             ("transformers", r'"transformers>=([\d.]+)"'),
         )
     }
-    every = {versions.release(one.transformers) for one in script.COMBINATIONS}
+    every = {versions.release(one.transformers) for one in table.COMBINATIONS}
     assert min(every) == versions.OLDEST_TRANSFORMERS
     oldest = versions.TESTED_TRANSFORMERS[0]
-    full = [one for one in script.COMBINATIONS if versions.release(one.transformers) >= oldest]
+    full = [one for one in table.COMBINATIONS if versions.release(one.transformers) >= oldest]
     for name in ("torch", "transformers"):
         tried = sorted({versions.release(getattr(one, name)) for one in full})
         stated = getattr(versions, f"TESTED_{name.upper()}")
@@ -69,16 +69,22 @@ def test_bounds_are_tested_versions(script: ModuleType, repo_root: Path) -> None
     assert any(f"transformers=={one.transformers};" in pins for one in full)
 
 
-def test_the_table_is_the_csv(script: ModuleType, tmp_path: Path) -> None:
+def test_the_table_is_the_csv(table: ModuleType, tmp_path: Path) -> None:
     rows = [
-        script.Row("a", "3.12.1", "2.11.0", "5.17.0", 9, 0, 1, 2.5, "2026-01-02", "c", "p"),
-        script.Row("b", "3.10.4", "2.13.0", "5.23.0", 8, 1, 0, 1.0, "2026", "c", "p"),
+        table.Row("a", "3.12.1", "2.11.0", "5.17.0", 9, 0, 1, 2.5, "2026-01-02", "c", "p"),
+        table.Row("b", "3.10.4", "2.13.0", "5.23.0", 8, 1, 0, 1.0, "2026", "c", "p"),
     ]
     path = tmp_path / "versions.csv"
-    path.write_text(script.as_csv(rows))
-    assert script.read_rows(path) == rows
-    readme = script.with_table(f"before {script.BEGIN} old {script.END} after", rows)
+    path.write_text(table.as_csv(rows))
+    assert table.read_rows(path) == rows
+    readme = table.with_table(f"before {table.BEGIN} old {table.END} after", rows)
     assert readme.startswith("before <!--")
     assert readme.endswith("--> after")
     assert "| 3.12 | 2.11.0 | 5.17.0 | 9 | 0 | 1 | 2026-01-02 |" in readme
     assert "old" not in readme
+
+
+def test_the_script_knows_the_combinations(table: ModuleType, repo_root: Path) -> None:
+    command = [sys.executable, repo_root / "tests/versions.py", "--list"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert listed.split() == [one.name for one in table.COMBINATIONS]
