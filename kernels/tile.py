@@ -1,0 +1,135 @@
+"""Device helpers of the encoder: a tile in scratch memory, its statistics, powers of two.
+
+A rotated tile `[G, D]` fp32 lies in scratch memory (in practice the L2 cache) as `CHUNKS` pieces
+`[G, WIDTH]`, and every pass reads it again: registers then limit neither `D` nor the occupancy.
+What belongs to channels is a table `[CHUNKS, WIDTH]`. Position `p` of chunk `c` is channel
+`p // W * (D / PLANES) + c * W + p % W` with `W = WIDTH / PLANES`: all planes of a packed word are
+in one chunk. Positions without a channel hold zeros.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def channels(c, D: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr):
+    """Channels `[WIDTH]` of a chunk; `D` where there is none."""
+    W: tl.constexpr = WIDTH // PLANES
+    position = tl.arange(0, WIDTH)
+    word = c * W + position % W
+    return tl.where(word < D // PLANES, position // W * (D // PLANES) + word, D)
+
+
+@triton.jit
+def channel_table(
+    D: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr
+):
+    """`channels` of all chunks, `[CHUNKS, WIDTH]`."""
+    W: tl.constexpr = WIDTH // PLANES
+    position = tl.arange(0, WIDTH)[None, :]
+    word = tl.arange(0, CHUNKS)[:, None] * W + position % W
+    return tl.where(word < D // PLANES, position // W * (D // PLANES) + word, D)
+
+
+@triton.jit
+def pick(table, c):
+    """Row `c` of a table."""
+    if table.shape[0] == 1:
+        return tl.reshape(table, (table.shape[1],))
+    rows = tl.arange(0, table.shape[0])[:, None]
+    return tl.sum(tl.where(rows == c, table, 0.0), axis=0)
+
+
+@triton.jit
+def put(table, c, row):
+    """The table with row `c` replaced."""
+    rows = tl.arange(0, table.shape[0])[:, None]
+    return tl.where(rows == c, row[None, :], table)
+
+
+@triton.jit
+def chunk_place(c, G: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets `[G, WIDTH]` of chunk `c` in scratch memory."""
+    return (c * G + tl.arange(0, G)[:, None]) * WIDTH + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def balanced_chunk(scratch_ptr, unit, c, channel_scale, token_scale):
+    """Chunk `c` of the tile times `unit`, divided by the scales of channels and tokens."""
+    G: tl.constexpr = token_scale.shape[0]
+    tile = tl.load(scratch_ptr + chunk_place(c, G, channel_scale.shape[1])) * unit
+    return tile / pick(channel_scale, c)[None, :] / token_scale[:, None]
+
+
+@triton.jit
+def power_of_two(exponent):
+    """`2.0**exponent`, exact for exponents in [-126, 127]."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exponent_of(x):
+    """The exponent that frexp gives: `x = m * 2**e` with m in [0.5, 1); 0 for 0, else >= -126."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x > 0, ((bits >> 23) & 255) - 126, 0)
+
+
+@triton.jit
+def rounded(x):
+    """To the nearest integer, ties to even, for |x| < 2**22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def as_fp16(x):
+    """Rounded to fp16, still fp32."""
+    return x.to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def sanitized(x):
+    """NaN to 0, everything else into the range of fp16, as fp32."""
+    x = x.to(tl.float32)
+    x = tl.where(x == x, x, 0.0)
+    return tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+
+
+@triton.jit
+def gauge(peak, square_sum, peak_exponent, COUNT: tl.constexpr):
+    """Exponent of the power of two near the RMS, from the sum of `(x * 2**-peak_exponent)**2`."""
+    rms = tl.sqrt(square_sum / COUNT)
+    exponent = tl.maximum(exponent_of(rms) + peak_exponent, -64)
+    return tl.where(peak > 0, exponent, 0)
+
+
+@triton.jit
+def token_std(
+    scratch_ptr, unit, channel_scale, token_scale, D: tl.constexpr, PLANES: tl.constexpr
+):  # fmt: skip
+    """Standard deviation over the channels of the balanced tile, `[G]`; two passes."""
+    CHUNKS: tl.constexpr = channel_scale.shape[0]
+    mean = tl.zeros((token_scale.shape[0],), tl.float32)
+    for c in range(0, CHUNKS):
+        part = balanced_chunk(scratch_ptr, unit, c, channel_scale, token_scale)
+        mean += tl.sum(part, axis=1)
+    mean = mean / D
+    square = tl.zeros((token_scale.shape[0],), tl.float32)
+    for c in range(0, CHUNKS):
+        part = balanced_chunk(scratch_ptr, unit, c, channel_scale, token_scale) - mean[:, None]
+        inside = channels(c, D, channel_scale.shape[1], PLANES) < D
+        square += tl.sum(tl.where(inside[None, :], part * part, 0.0), axis=1)
+    return tl.sqrt(square / (D - 1))
+
+
+@triton.jit
+def channel_std(scratch_ptr, unit, channel_scale, token_scale):
+    """Standard deviation over the tokens of the balanced tile, a table `[CHUNKS, WIDTH]`."""
+    G: tl.constexpr = token_scale.shape[0]
+    table = channel_scale
+    for c in range(0, channel_scale.shape[0]):
+        part = balanced_chunk(scratch_ptr, unit, c, channel_scale, token_scale)
+        part = part - (tl.sum(part, axis=0) / G)[None, :]
+        table = put(table, c, tl.sqrt(tl.sum(part * part, axis=0) / (G - 1)))
+    return table
