@@ -62,7 +62,7 @@ def measure(preset: str, head_dim: int, context: int, compiled: object, rounds: 
     before = config.num_sink_tokens + config.num_tiles(context) * config.group_size - 1
     for encoder, other in configs.items():
         cache, rotation = random_cache(other, shape, before, CPU)
-        arguments = (step.k, step.v, None, *cache, rotation, other.to_string())
+        arguments = (step.k, step.v, None, *cache, rotation, other.to_string(), "aten")
         contenders[encoder] = Contender(
             lambda arguments=arguments: torch.ops.kvarn.append_(*arguments),
             lambda cache=cache: cache.seq_lens.fill_(before),

@@ -213,7 +213,9 @@ def store(cache: Any, index: int, keys: torch.Tensor, values: torch.Tensor) -> N
     """What a patched module does after attending: `update` alone stores nothing."""
     layer = cache.layers[index]
     layer.lazy_initialization(keys, values)
-    torch.ops.kvarn.append_(keys, values, None, *layer.tiles, layer.rotation, layer.config_line)
+    torch.ops.kvarn.append_(
+        keys, values, None, *layer.tiles, layer.rotation, layer.config_line, layer.backend
+    )
     layer.cumulative_length.add_(keys.shape[2])
 
 

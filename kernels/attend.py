@@ -263,8 +263,8 @@ def attend_kernel(
     k_codes_ptr, k_affine_ptr, k_token_ptr, v_codes_ptr, v_affine_ptr, v_channel_ptr,
     k_sink_ptr, v_sink_ptr, k_tail_ptr, v_tail_ptr, k_new_ptr, v_new_ptr, rank_ptr,
     lengths_ptr, first_ptr, out_ptr, peak_ptr, total_ptr,
-    score_scale, softcap, rows, queries, query_start, query_total, new_tokens, capacity, slots,
-    first_slot, copies,
+    score_scale, softcap, rows, queries, query_start, query_total, new_tokens, capacity, head_tiles,
+    slots, first_slot, copies,
     HEADS: tl.constexpr, D: tl.constexpr, G: tl.constexpr, KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, LAG: tl.constexpr,
     SPLITS: tl.constexpr, DENSE_SLOTS: tl.constexpr, STORED: tl.constexpr, N: tl.constexpr,
@@ -288,8 +288,9 @@ def attend_kernel(
     out_ptr, peak_ptr, total_ptr
         `[B, H, slots, rows, D]`, `[B, H, slots, rows]` twice, fp32; this launch fills the slots
         from `first_slot` on. Rows that see nothing have peak -inf; their `out` is not written.
-    copies
-        With `SHARED`, row b of the batch reads all `capacity` tiles of row `b // copies`.
+    capacity, head_tiles, copies
+        Allocated tiles, and tiles from one KV head to the next. With `SHARED`, row b of the batch
+        reads all `capacity` tiles of row `b // copies`.
     """
     slot = tl.program_id(0)
     head_index = tl.program_id(1).to(tl.int64)
@@ -315,7 +316,7 @@ def attend_kernel(
             HAS_NEW, HAS_VALID, CAUSAL_NEW, WINDOW, SOFTCAP, UPCAST,
         )  # fmt: skip
     else:
-        tiles = tl.maximum(length - SINKS - LAG, 0) // G
+        tiles = tl.minimum(tl.maximum(length - SINKS - LAG, 0) // G, capacity)
         source = head_index
         if SHARED:
             tiles = capacity
@@ -325,7 +326,7 @@ def attend_kernel(
         stop = tl.minimum(start + per_split, tiles)
         peak, total, out = _attend_tiles(
             rotated_ptr, unit_ptr, k_codes_ptr, k_affine_ptr, k_token_ptr, v_codes_ptr,
-            v_affine_ptr, v_channel_ptr, row_index, in_rows, limit, lowest, source * capacity,
+            v_affine_ptr, v_channel_ptr, row_index, in_rows, limit, lowest, source * head_tiles,
             start, stop, score_scale, softcap, D, G, KEY_BITS, VALUE_BITS, SINKS, N, W_K, W_V,
             D_PAD, LIMITED or WINDOW, SOFTCAP, STAGES, PTX,
         )  # fmt: skip

@@ -229,7 +229,9 @@ def encode_kernel(
         before = after
         after = before + count
     tile_index = tl.maximum(before - SINKS - LAG, 0) // G + first_launch_tile + tl.program_id(0)
-    if tile_index < tl.maximum(after - SINKS - LAG, 0) // G:
+    # Beyond the capacity nothing is written; `prepare` makes such a row's outputs NaN.
+    stop = tl.minimum(tl.maximum(after - SINKS - LAG, 0) // G, capacity)
+    if tile_index < stop:
         body_old = tl.maximum(before - SINKS, 0)
         skip = tl.maximum(SINKS - before, 0)
         program = (tl.program_id(2) * tl.num_programs(1) + head_index) * tl.num_programs(0)

@@ -74,11 +74,12 @@ def attend_shape(
     name, sms = _device(device)
     settings = _tuned(name).get(f"k{key_bits}v{value_bits}_d{head_dim}", {})
     block_rows = min(64, max(8, triton.next_power_of_2(rows)))
-    wide = head_dim > 128 or block_rows > 16 or key_bits == 8 or value_bits == 8
-    warps = settings.get("warps", 4 if wide else 2)
-    if head_dim > 256 or (head_dim > 128 and block_rows > 16):
-        warps = max(warps, 8)
-    block_tokens = settings.get("block_tokens", 64 if head_dim <= 128 else 32)
+    # Registers hold a tile's words and the accumulators [G, rows] and [D, rows].
+    pad = triton.next_power_of_2(max(head_dim, 128))
+    eight_bits = 2 if max(key_bits, value_bits) == 8 else 1
+    size = pad * pad * max(block_rows, 8 * eight_bits) // 128**2 // 8
+    warps = settings.get("warps", min(8, max(2, size)))
+    block_tokens = settings.get("block_tokens", 32)
     # One wave of programs: more would only write more partial results.
     slots = sms * settings.get("programs_per_sm", 12 // warps)
     share = max(1, slots // (programs * triton.cdiv(rows, block_rows)))
@@ -99,5 +100,5 @@ def encode_shape(device: torch.device, head_dim: int, key_planes: int) -> Encode
     width = 32
     chunks = triton.next_power_of_2(triton.cdiv(head_dim // key_planes, width // key_planes))
     return EncodeShape(
-        width=width, chunks=chunks, block_k=32, warps=16, programs=4 * _device(device)[1]
+        width=width, chunks=chunks, block_k=32, warps=8, programs=4 * _device(device)[1]
     )

@@ -19,9 +19,10 @@ from .combine import combine_kernel
 from .encode import encode_kernel
 from .heuristics import attend_shape, encode_shape, interpreted
 from .prepare import prepare_kernel
+from .selftest import multiplies_codes
 from .store import store_kernel
 
-__all__ = ["Format", "append", "attention", "step"]
+__all__ = ["Format", "Visible", "append", "attention", "multiplies_codes", "step"]
 
 _QUERIES_PER_LAUNCH = 256  # bounds the partial results of a long chunk of queries
 
@@ -116,8 +117,8 @@ def _attention_block(
     block_d = min(64, pad)
     run(prepare_kernel)[(triton.cdiv(rows, 16), programs, triton.cdiv(head_dim, block_d))](
         q, rotation, cache.k_equalizer, rotated, unit, k_in, v_in, cache.k_sink, cache.v_sink,
-        cache.k_tail, cache.v_tail, cache.seq_lens, rows,
-        HEADS=heads, D=head_dim, SINKS=form.sinks, RING=ring, ROTATE=form.rotate_keys,
+        cache.k_tail, cache.v_tail, cache.seq_lens, rows, capacity,
+        HEADS=heads, D=head_dim, G=form.group_size, SINKS=form.sinks, RING=ring, LAG=form.lag, ROTATE=form.rotate_keys,
         STORE=store, M=16, BLOCK_D=block_d, BLOCK_K=32, PRECISION=precision, num_warps=4,
     )  # fmt: skip
 
@@ -130,7 +131,8 @@ def _attention_block(
             cache.k_sink, cache.v_sink, cache.k_tail, cache.v_tail, k_in, v_in,
             q if visible.rank is None else visible.rank, cache.seq_lens,
             q if visible.first is None else visible.first, part, peak, weight,
-            scale, softcap, rows, queries, start, total, new_tokens, capacity, slots, first,
+            scale, softcap, rows, queries, start, total, new_tokens, capacity,
+            tiles.k_codes.stride(1) // tiles.k_codes.stride(2), slots, first,
             batch // tiles.k_codes.shape[0],
             HEADS=heads, D=head_dim, G=form.group_size, KEY_BITS=form.key_bits,
             VALUE_BITS=form.value_bits, SINKS=form.sinks, RING=ring, LAG=form.lag,
@@ -148,7 +150,7 @@ def _attention_block(
 
     attend(cache, shape, capacity, shape.dense_slots, 0)
     if shared is not None and shared_shape is not None:
-        attend(shared, shared_shape, shared.k_codes.shape[2], 0, own_slots)
+        attend(_evenly_spaced(shared), shared_shape, shared.k_codes.shape[2], 0, own_slots)
 
     many = rows >= 16 and head_dim <= 256
     block_d = 32 if head_dim <= 128 else 16
@@ -249,6 +251,21 @@ def step(
     )
     append(k, v, valid, cache, rotation, form, run=run)
     return out
+
+
+def _evenly_spaced(tiles: Any) -> Any:
+    """Tiles of which all fields have one stride from head to head: views of a cache do."""
+    spacing = set()
+    for tensor in tiles:
+        count = tensor[0, 0, 0].numel()
+        heads = tensor.stride(1) // count
+        regular = tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
+        if tensor.stride(2) != count or not (regular and tensor[0, 0, 0].is_contiguous()):
+            heads = -1
+        spacing.add(heads)
+    if len(spacing) == 1 and -1 not in spacing:
+        return tiles
+    return type(tiles)(*(tensor.contiguous() for tensor in tiles))
 
 
 def _ranks(valid: Tensor) -> Tensor:

@@ -1,17 +1,26 @@
-"""Which implementation runs. Decided once, at patch time; ops carry the answer as an argument."""
+"""Which implementation runs, and the only way into the Triton kernels.
+
+A backend is decided once, at patch time; ops carry the answer as an argument.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .config import KVarNConfig
+from .env import is_installed
 from .errors import BackendError
+from .layout import PackedTiles, TileCache
 
-__all__ = ["BACKENDS", "attend", "resolve"]
+__all__ = ["BACKENDS", "append", "attend", "attention", "resolve", "step"]
 
 BACKENDS = ("auto", "reference", "aten", "triton")
 
@@ -28,42 +37,142 @@ def resolve(backend: str, device: torch.device | str) -> str:
     """
     if backend not in BACKENDS:
         raise BackendError(f"backend={backend!r} does not exist: choose one of {BACKENDS}.")
-    kind = torch.device(device).type
+    device = torch.device(device)
     if backend == "triton":
-        if kind != "cuda":
+        obstacle = _obstacle(device)
+        if obstacle:
             raise BackendError(
-                f'backend="triton" needs a CUDA or ROCm device and the model is on {kind}: use '
-                'backend="aten", or "auto" to let the package choose.'
+                f'backend="triton" cannot run here: {obstacle}. Use backend="aten", or "auto" to '
+                "let the package choose."
             )
-        raise BackendError(
-            'backend="triton" has no kernels in this version: use backend="aten" or "auto".'
-        )
+        return backend
     if backend != "auto":
         return backend
-    _log_choice(kind)
-    return "aten"
+    return _automatic(device)
 
 
 @lru_cache(maxsize=8)
-def _log_choice(kind: str) -> None:
-    if kind == "cpu":
-        _logger.info('backend "auto" chose "aten": Inductor fuses it on CPU.')
-    else:
+def _automatic(device: torch.device) -> str:
+    """What "auto" means on a device; logged once."""
+    if device.type != "cuda":
+        _logger.info('backend "auto" chose "aten" on %s: Inductor fuses it.', device.type)
+        return "aten"
+    obstacle = _obstacle(device)
+    if obstacle:
         _logger.warning(
-            'backend "auto" chose "aten" on %s: there are no Triton kernels in this version, so '
-            "the cache is smaller than a dense one but decoding may be slower.",
-            kind,
+            'backend "auto" chose "aten" on %s, where decoding may be slower than with a dense '
+            "cache: %s.",
+            device,
+            obstacle,
         )
+        return "aten"
+    _logger.info('backend "auto" chose "triton" on %s.', device)
+    return "triton"
+
+
+@lru_cache(maxsize=8)
+def _obstacle(device: torch.device) -> str:
+    """Why Triton kernels cannot run on a device; empty if they can."""
+    if not is_installed("triton"):
+        return "Triton is not installed (pip install triton)"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return (
+            f"kernels need a CUDA or ROCm device and the model is on {device.type} (for tests, "
+            "TRITON_INTERPRET=1 runs them on a CPU, slowly)"
+        )
+    if device.type != "cuda" or interpreted:
+        return ""
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "kernels need compute capability 8.0 or newer"
+    if not _kernels().multiplies_codes(device):
+        return "its matrix units do not multiply subnormal fp16 numbers exactly"
+    return ""
 
 
 def attend(backend: str) -> Callable[..., Tensor]:
-    """The eager attention of a resolved backend; see `kvarn_ops.reference.attention.attend`."""
+    """The eager attention of "reference" or "aten"; see `kvarn_ops.reference.attention.attend`."""
     if backend == "reference":
-        from .reference import attention
+        from .reference import attention as reference
 
-        return attention.attend
+        return reference.attend
     if backend == "aten":
         from .ops import attend as aten
 
         return aten.attend
-    raise BackendError(f"{backend!r} is not a resolved backend.")
+    raise BackendError(f"{backend!r} is not a resolved backend with an eager attention.")
+
+
+def append(
+    cache: TileCache,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    rotation: Tensor,
+    config: KVarNConfig,
+) -> None:
+    """`kvarn::append_` by kernels."""
+    _kernels().append(k.contiguous(), v.contiguous(), valid, cache, rotation, _format(config))
+
+
+def attention(
+    q: Tensor,
+    cache: TileCache,
+    rotation: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+    causal: bool,
+    config: KVarNConfig,
+) -> Tensor:
+    """`kvarn::attention` by kernels."""
+    kernels = _kernels()
+    visible = kernels.Visible(causal, causal and q.shape[2] > 1, None, None)
+    return kernels.attention(
+        q, cache, None, None, None, visible, rotation, sink_logits, scale, softcap, _format(config)
+    )
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    shared: PackedTiles | None,
+    cache: TileCache,
+    rotation: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+    causal: bool,
+    config: KVarNConfig,
+    *,
+    traced: bool = False,
+) -> Tensor:
+    """`kvarn::step_` by kernels; `traced`: each becomes a node of the graph being traced."""
+    run: dict[str, Any] = {"run": torch.library.wrap_triton} if traced else {}
+    return _kernels().step(
+        q, k, v, valid, cache, shared, rotation, sink_logits, scale, softcap, causal,
+        _format(config), **run,
+    )  # fmt: skip
+
+
+def _kernels() -> ModuleType:
+    from .kernels import launch
+
+    return launch
+
+
+@lru_cache(maxsize=64)
+def _format(config: KVarNConfig) -> Any:
+    return _kernels().Format(
+        key_bits=config.key_bits,
+        value_bits=config.value_bits,
+        group_size=config.group_size,
+        sinks=config.num_sink_tokens,
+        lag=config.tail_tokens,
+        plus=config.encoder == "plus",
+        iters=config.norm_iters,
+        rotate_keys=config.rotate_keys,
+        rotate_values=config.rotate_values,
+    )

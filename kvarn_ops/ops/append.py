@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from ..config import KVarNConfig
 from ..layout import TileCache
 from ..reference.encode import encode_keys, encode_values, first_equalizer
 from .library import CACHE_ARGS, CACHE_MUTATED_ARGS, CACHE_RETURNS, define
-from .validate import check_capacity, check_new_tokens
+from .validate import check_capacity, check_for_kernels, check_new_tokens
 
 __all__ = ["append", "append_"]
 
@@ -24,10 +25,14 @@ _TILES_PER_ENCODE = 4  # keeps the encoder's fp32 temporaries in cache, and smal
 
 
 def _append_kernel(k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any) -> None:
-    *tensors, rotation, config_line = rest
+    *tensors, rotation, config_line, backend = rest
     cache, config = TileCache(*tensors), KVarNConfig.from_string(config_line)
     check_new_tokens(k, v, valid, cache, config)
-    store(cache, k, v, valid, rotation, config)
+    if backend == "triton":
+        check_for_kernels(cache, k, v, config)
+        dispatch.append(cache, k, v, valid, rotation, config)
+    else:
+        store(cache, k, v, valid, rotation, config)
 
 
 def store(
@@ -163,9 +168,9 @@ def _equalize(stored: Tensor, first_tile: Tensor, config: KVarNConfig) -> None:
 def _append_functional(
     k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    *tensors, rotation, config_line = rest
+    *tensors, rotation, config_line, backend = rest
     fresh = tuple(tensor.clone() for tensor in tensors)
-    _append_kernel(k, v, valid, *fresh, rotation, config_line)
+    _append_kernel(k, v, valid, *fresh, rotation, config_line, backend)
     return fresh
 
 
@@ -181,14 +186,15 @@ def _append_functional_fake(
 
 append_ = define(
     "append_",
-    f"(Tensor k, Tensor v, Tensor? valid, {CACHE_MUTATED_ARGS}, Tensor rotation, str config) -> ()",
+    f"(Tensor k, Tensor v, Tensor? valid, {CACHE_MUTATED_ARGS}, Tensor rotation, str config, "
+    "str backend) -> ()",
     _append_kernel,
     _append_fake,
 )
 append = define(
     "append",
-    f"(Tensor k, Tensor v, Tensor? valid, {CACHE_ARGS}, Tensor rotation, str config) "
-    f"-> ({CACHE_RETURNS})",
+    f"(Tensor k, Tensor v, Tensor? valid, {CACHE_ARGS}, Tensor rotation, str config, "
+    f"str backend) -> ({CACHE_RETURNS})",
     _append_functional,
     _append_functional_fake,
 )

@@ -21,7 +21,7 @@ from ..layout import PackedTiles, TileCache
 from .append import append_, store
 from .attend import attend_decode_traced, attend_first
 from .library import CACHE_ARGS, CACHE_MUTATED_ARGS, CACHE_RETURNS, SHARED_ARGS, define
-from .validate import check_attention, check_new_tokens, check_shared
+from .validate import check_attention, check_for_kernels, check_new_tokens, check_shared
 
 __all__ = ["attention", "step", "step_", "step_shared", "step_shared_"]
 
@@ -34,6 +34,8 @@ def _attention_kernel(q: Tensor, *rest: Any) -> Tensor:
     rotation, sink_logits, scale, softcap, causal, config_line, backend = rest[_CACHE_LEN:]
     config = KVarNConfig.from_string(config_line)
     check_attention(q, cache, sink_logits)
+    if backend == "triton":
+        return dispatch.attention(q, cache, rotation, sink_logits, scale, softcap, causal, config)
     nothing = cache.k_tail[:, :, :0]
     new_visible = torch.ones(q.shape[0], q.shape[2], 0, dtype=torch.bool, device=q.device)
     limit = None
@@ -79,16 +81,31 @@ def _step(
     check_attention(q, cache, sinks)
     if shared is not None:
         check_shared(shared, cache, config)
-    attend = dispatch.attend(backend)
+    if backend == "triton":
+        check_for_kernels(cache, k, v, config)
     plain = softcap == 0 and sinks is None and q.dtype == k.dtype and shared is None
-    if plain and backend == "aten" and causal and not bool(cache.seq_lens.any()):
+    plain = plain and causal and backend != "reference"
+    if plain and not _is_step(backend, k, valid) and not bool(cache.seq_lens.any()):
         visible = None if valid is None else _new_visible(q, k, valid, causal)
         out = attend_first(q, k, v, visible, scale)
+    elif backend == "triton":
+        return dispatch.step(
+            q, k, v, valid, shared, cache, rotation, sinks, scale, softcap, causal, config
+        )
     else:
         seen = _new_visible(q, k, valid, causal)
+        attend = dispatch.attend(backend)
         out = attend(q, cache, k, v, seen, None, rotation, sinks, scale, softcap, config, shared)
-    store(cache, k, v, valid, rotation, config)
+    if backend == "triton":
+        dispatch.append(cache, k, v, valid, rotation, config)
+    else:
+        store(cache, k, v, valid, rotation, config)
     return out.contiguous()  # SDPA returns a transposed view on CPU
+
+
+def _is_step(backend: str, k: Tensor, valid: Tensor | None) -> bool:
+    """A decode step by kernels, which never waits for the device."""
+    return backend == "triton" and k.shape[2] == 1 and valid is None
 
 
 def _new_visible(q: Tensor, k: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
@@ -145,12 +162,18 @@ def _step_traced(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict | Non
     rotation, sinks, scale, softcap, _, config_line, backend = rest[_CACHE_LEN:]
     decode = q.shape[2] == 1 and valid is None
     offloaded = cache.k_codes.device != q.device
-    if kwargs or not decode or offloaded or backend != "aten" or keeps_custom_ops():
+    whole = kwargs or not decode or offloaded or backend == "reference" or keeps_custom_ops()
+    if whole:
         return mode.__torch_dispatch__(op, types, args, kwargs)
+    config = KVarNConfig.from_string(config_line)
     with mode:
-        config = KVarNConfig.from_string(config_line)
+        if backend == "triton":
+            return dispatch.step(
+                q, k, v, None, shared, cache, rotation, sinks, scale, softcap, True, config,
+                traced=True,
+            )  # fmt: skip
         out = attend_decode_traced(q, cache, k, v, rotation, sinks, scale, softcap, config, shared)
-        append_(k, v, None, *cache, rotation, config_line)
+        append_(k, v, None, *cache, rotation, config_line, backend)
         return out
 
 

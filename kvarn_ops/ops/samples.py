@@ -121,7 +121,7 @@ def _samples(
         scale, softcap = _DIM**-0.5, 30.0 if masked else 0.0
         options = (rotation, sink_logits, scale, softcap, True, line, "aten")
         if op_name.startswith("append"):
-            yield (k, v, valid, *cache, rotation, line), {}
+            yield (k, v, valid, *cache, rotation, line, "aten"), {}
         elif op_name == "attention":
             yield (q, *cache, *options), {}
         elif "shared" not in op_name:

@@ -8,8 +8,16 @@ from torch import Tensor
 from ..config import KVarNConfig
 from ..errors import CacheError, InputError
 from ..layout import PackedTiles, TileCache, capacity
+from ..reference.encode import refuse_nonfinite
 
-__all__ = ["check_attention", "check_capacity", "check_new_tokens", "check_shared", "check_tiles"]
+__all__ = [
+    "check_attention",
+    "check_capacity",
+    "check_for_kernels",
+    "check_new_tokens",
+    "check_shared",
+    "check_tiles",
+]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -100,6 +108,25 @@ def check_capacity(cache: TileCache, needed: int, config: KVarNConfig) -> None:
             f"the KVarN cache is full: it has room for {limit} tokens per row and {needed} are "
             f"needed. Create it with max_cache_len={needed} or more."
         )
+
+
+def check_for_kernels(cache: TileCache, k: Tensor, v: Tensor, config: KVarNConfig) -> None:
+    """What Triton kernels cannot check themselves, as far as it costs no synchronization.
+
+    A decode step on a GPU is not checked for room, and neither is a graph that is being captured:
+    a token too many makes the row's outputs NaN there, and nothing else is touched.
+    """
+    if cache.k_codes.device != k.device:
+        raise InputError(
+            f"tiles are offloaded to {cache.k_codes.device}, which Triton kernels do not read: use "
+            'backend="aten" for this cache.'
+        )
+    if config.check_finite:
+        refuse_nonfinite(k)
+        refuse_nonfinite(v)
+    if k.is_cuda and (k.shape[2] == 1 or torch.cuda.is_current_stream_capturing()):
+        return
+    check_capacity(cache, int(cache.seq_lens.max()) + k.shape[2], config)
 
 
 def _check_dtype(name: str, x: Tensor) -> None:

@@ -17,7 +17,7 @@ from ..hadamard import hadamard
 from ..layout import center, pack_codes
 from .normalize import equalizer, gauge_exponent, normalize_paper, normalize_plus
 
-__all__ = ["EncodedTiles", "encode_keys", "encode_values", "first_equalizer", "sanitize"]
+__all__ = ["EncodedTiles", "encode_keys", "encode_values", "first_equalizer", "refuse_nonfinite", "sanitize"]
 
 FP16_MAX = 65504.0
 SCALE_MIN = 1e-10
@@ -26,8 +26,9 @@ CLIP_CANDIDATES = 8
 CLIP_MIN = {2: 0.39, 3: 0.56, 4: 0.74}  # narrowest fraction of the min-max range, by bits
 NORM_RATIO_MAX = 8.0
 
-# Exponents of the token scale that fp16 holds with room for the spread within a tile.
-_TOKEN_EXPONENT_MIN, _TOKEN_EXPONENT_MAX = 0, 14
+# Exponents of the token scale that fp16 holds with room for the spread within a tile, and for the
+# factor of 2**4 with which kernels multiply it.
+_TOKEN_EXPONENT_MIN, _TOKEN_EXPONENT_MAX = 0, 10
 
 
 class EncodedTiles(NamedTuple):
@@ -101,6 +102,15 @@ def encode_values(
     return EncodedTiles(pack_codes(codes.mT, config.value_bits), affine, column_scale.squeeze(-2))
 
 
+def refuse_nonfinite(x: Tensor) -> None:
+    """Raise `InputError` if `x` holds NaN or Inf: what `check_finite=True` asks for."""
+    if not bool(x.isfinite().all()):
+        raise InputError(
+            "a tile to be quantized holds NaN or Inf (check_finite=True). Find where the model "
+            "produces it, or pass check_finite=False to store NaN as 0 and Inf as 65504."
+        )
+
+
 def sanitize(x: Tensor) -> Tensor:
     """NaN to 0, everything else into the range of fp16, as fp32 (fp64 stays fp64)."""
     x = x if x.dtype == torch.float64 else x.float()
@@ -114,11 +124,8 @@ def _rotated(
     rotation: Tensor | None,
     equalizer: Tensor | None,
 ) -> Tensor:
-    if config.check_finite and not bool(x.isfinite().all()):
-        raise InputError(
-            "a tile to be quantized holds NaN or Inf (check_finite=True). Find where the model "
-            "produces it, or pass check_finite=False to store NaN as 0 and Inf as 65504."
-        )
+    if config.check_finite:
+        refuse_nonfinite(x)
     x = sanitize(x)
     if equalizer is not None:
         x = x * torch.exp2(-equalizer.to(x.dtype)).unsqueeze(-2)

@@ -79,9 +79,9 @@ def test_the_check_sees_a_copy() -> None:
     def read_mutate_read(k: Tensor, v: Tensor, *tensors: Tensor) -> Tensor:
         codes, config = tensors[0], layer.config_line
         old = codes.float().mean(-1)
-        torch.ops.kvarn.append_(k, v, None, *tensors, config)
+        torch.ops.kvarn.append_(k, v, None, *tensors, config, "aten")
         new = codes.float().mean(-1)
-        torch.ops.kvarn.append_(k, v, None, *tensors, config)
+        torch.ops.kvarn.append_(k, v, None, *tensors, config, "aten")
         return old @ new.mT
 
     step = torch.compile(read_mutate_read, fullgraph=True)

@@ -22,7 +22,7 @@ def config_of(tail: int = 0, sinks: int = 16) -> KVarNConfig:
 
 
 def append(cache: TileCache, k, v, config: KVarNConfig, valid=None) -> None:
-    torch.ops.kvarn.append_(k, v, valid, *cache, ROTATION, config.to_string())
+    torch.ops.kvarn.append_(k, v, valid, *cache, ROTATION, config.to_string(), "aten")
 
 
 def fresh(config: KVarNConfig, rows: int = 1, dtype=torch.float32) -> TileCache:

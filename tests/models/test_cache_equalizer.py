@@ -26,7 +26,7 @@ def test_a_first_tile_that_is_opened_again_gets_an_equalizer_of_its_own() -> Non
         target.update(keys, values)
         assert target.tiles is not None
         torch.ops.kvarn.append_(
-            keys, values, None, *target.tiles, target.rotation, target.config_line
+            keys, values, None, *target.tiles, target.rotation, target.config_line, "aten"
         )
         target.cumulative_length.add_(keys.shape[2])
 
