@@ -115,15 +115,13 @@ def _attend_dense(
         )  # fmt: skip
     if HAS_NEW:
         rank = tl.zeros((BLOCK_T,), tl.int32)
-        for block in tl.range(
-                slot, tl.cdiv(new_tokens, BLOCK_T), DENSE_SLOTS, num_stages=1
-            ):
+        for block in tl.range(slot, tl.cdiv(new_tokens, BLOCK_T), DENSE_SLOTS, num_stages=1):
             index = block * BLOCK_T + token
             held = index < new_tokens
             if HAS_VALID:
-                rank = tl.load(
-                    rank_ptr + batch * new_tokens + index, mask=held, other=-1
-                ).to(tl.int32)
+                rank = tl.load(rank_ptr + batch * new_tokens + index, mask=held, other=-1).to(
+                    tl.int32
+                )
                 held &= rank >= 0
             else:
                 rank = index
@@ -306,7 +304,9 @@ def attend_kernel(
         limit = length - (query_total - 1 - query)
     lowest = tl.zeros((N,), tl.int32)
     if WINDOW:
-        lowest = tl.load(first_ptr + batch * query_total + query, mask=in_rows, other=0).to(tl.int32)
+        lowest = tl.load(first_ptr + batch * query_total + query, mask=in_rows, other=0).to(
+            tl.int32
+        )
 
     if slot < DENSE_SLOTS:
         peak, total, out = _attend_dense(

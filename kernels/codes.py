@@ -51,9 +51,7 @@ def _ptx(bits, plane):
     if bits != 3:
         return f"{{ .reg .b32 a; {low} mov.b32 $0, a; }}"
     move = f"shr.b32 b, $2, {plane - 2};" if plane >= 2 else f"shl.b32 b, $2, {2 - plane};"
-    return (
-        f"{{ .reg .b32 a, b; {low} {move} and.b32 b, b, {4 | 4 << 16}; or.b32 $0, a, b; }}"
-    )
+    return f"{{ .reg .b32 a, b; {low} {move} and.b32 b, b, {4 | 4 << 16}; or.b32 $0, a, b; }}"
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """After attention: merge the slots' partial softmaxes, rotate back, undo the equalizer.
 
-    out = (sum of dense slots + ((sum of packed slots) @ H.T) * 2**equalizer) / total
+out = (sum of dense slots + ((sum of packed slots) @ H.T) * 2**equalizer) / total
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +17,19 @@ from typing import NamedTuple
 import torch
 import triton
 
-__all__ = ["AttendShape", "EncodeShape", "attend_shape", "encode_shape", "interpreted"]
+__all__ = [
+    "AttendShape",
+    "Device",
+    "EncodeShape",
+    "assumed",
+    "attend_shape",
+    "describe",
+    "encode_shape",
+]
 
 _TUNING_FILES = Path(__file__).parent / "tuned"
 _INTERPRETER_SMS = 4
+_MOST_ROWS = 32  # accumulators of more would spill
 
 
 class AttendShape(NamedTuple):
@@ -42,9 +53,43 @@ class EncodeShape(NamedTuple):
     programs: int  # at most per launch, each with scratch memory for one tile
 
 
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on any device."""
-    return triton.knobs.runtime.interpret
+class Device(NamedTuple):
+    """What launches depend on."""
+
+    name: str
+    multiprocessors: int
+    ptx: bool  # NVIDIA, compiled: inline PTX and TF32 are available
+    wavefront: int  # threads that run in lockstep
+    interpreted: bool
+
+
+_assumed: list[Device] = []
+
+
+@contextmanager
+def assumed(device: Device) -> Iterator[None]:
+    """Shape launches for a device that is not there."""
+    _assumed.append(device)
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def describe(device: torch.device) -> Device:
+    """The device of a tensor."""
+    return _assumed[-1] if _assumed else _describe(device)
+
+
+@lru_cache(maxsize=64)
+def _describe(device: torch.device) -> Device:
+    interpreted = bool(triton.knobs.runtime.interpret)
+    if device.type != "cuda":
+        return Device("interpreter", _INTERPRETER_SMS, False, 32, interpreted)
+    properties = torch.cuda.get_device_properties(device)
+    ptx = torch.version.hip is None and not interpreted
+    wavefront = getattr(properties, "warp_size", 32)
+    return Device(properties.name, properties.multi_processor_count, ptx, wavefront, interpreted)
 
 
 @lru_cache(maxsize=8)
@@ -58,30 +103,24 @@ def _tuned(device_name: str) -> dict[str, dict[str, int]]:
     return {}
 
 
-@lru_cache(maxsize=64)
-def _device(device: torch.device) -> tuple[str, int]:
-    if device.type != "cuda":
-        return "interpreter", _INTERPRETER_SMS
-    properties = torch.cuda.get_device_properties(device)
-    return properties.name, properties.multi_processor_count
-
-
 def attend_shape(
     device: torch.device, programs: int, rows: int, tiles: int, dense_tokens: int,
     head_dim: int, key_bits: int, value_bits: int,
 ) -> AttendShape:  # fmt: skip
     """Shape for `programs` = batch x KV heads, each with `rows` query rows and `tiles` tiles."""
-    name, sms = _device(device)
-    settings = _tuned(name).get(f"k{key_bits}v{value_bits}_d{head_dim}", {})
-    block_rows = min(64, max(8, triton.next_power_of_2(rows)))
-    # Registers hold a tile's words and the accumulators [G, rows] and [D, rows].
-    pad = triton.next_power_of_2(max(head_dim, 128))
-    eight_bits = 2 if max(key_bits, value_bits) == 8 else 1
-    size = pad * pad * max(block_rows, 8 * eight_bits) // 128**2 // 8
-    warps = settings.get("warps", min(8, max(2, size)))
+    settings = _tuned(describe(device).name).get(f"k{key_bits}v{value_bits}_d{head_dim}", {})
+    block_rows = min(_MOST_ROWS, max(8, triton.next_power_of_2(rows)))
+    # Registers hold a tile's words and the accumulators [G, rows] and [D, rows]. A wavefront of
+    # AMD has 64 threads.
+    warps = block_rows // 4
+    if head_dim > 128:
+        warps *= 2
+    if max(key_bits, value_bits) == 8:
+        warps *= 2
+    warps = settings.get("warps", min(warps, 4 if describe(device).wavefront == 64 else 8))
     block_tokens = settings.get("block_tokens", 32)
     # One wave of programs: more would only write more partial results.
-    slots = sms * settings.get("programs_per_sm", 12 // warps)
+    slots = describe(device).multiprocessors * settings.get("programs_per_sm", 12 // warps)
     share = max(1, slots // (programs * triton.cdiv(rows, block_rows)))
     blocks = triton.cdiv(dense_tokens, block_tokens)
     dense_slots = max(1, min(blocks, share))
@@ -100,5 +139,9 @@ def encode_shape(device: torch.device, head_dim: int, key_planes: int) -> Encode
     width = 32
     chunks = triton.next_power_of_2(triton.cdiv(head_dim // key_planes, width // key_planes))
     return EncodeShape(
-        width=width, chunks=chunks, block_k=32, warps=8, programs=4 * _device(device)[1]
+        width=width,
+        chunks=chunks,
+        block_k=16,
+        warps=4 if head_dim <= 96 else 8,
+        programs=4 * describe(device).multiprocessors,
     )

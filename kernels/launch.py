@@ -17,7 +17,7 @@ from .attend import attend_kernel
 from .codes import planes
 from .combine import combine_kernel
 from .encode import encode_kernel
-from .heuristics import attend_shape, encode_shape, interpreted
+from .heuristics import attend_shape, describe, encode_shape
 from .prepare import prepare_kernel
 from .selftest import multiplies_codes
 from .store import store_kernel
@@ -143,8 +143,8 @@ def _attention_block(
             HAS_NEW=new_tokens > 0, HAS_VALID=visible.rank is not None,
             CAUSAL_NEW=visible.causal, LIMITED=visible.limited and not is_shared,
             WINDOW=visible.first is not None and not is_shared, SHARED=is_shared,
-            SOFTCAP=softcap != 0, STAGES=shape.stages, PTX=_has_ptx(device),
-            UPCAST=interpreted() and q.dtype == torch.bfloat16,  # where it cannot multiply them
+            SOFTCAP=softcap != 0, STAGES=shape.stages, PTX=describe(device).ptx,
+            UPCAST=describe(device).interpreted and q.dtype == torch.bfloat16,  # where it cannot multiply them
             num_warps=shape.warps,
         )  # fmt: skip
 
@@ -152,7 +152,7 @@ def _attention_block(
     if shared is not None and shared_shape is not None:
         attend(_evenly_spaced(shared), shared_shape, shared.k_codes.shape[2], 0, own_slots)
 
-    many = rows >= 16 and head_dim <= 256
+    many = rows >= 16 and head_dim <= 128
     block_d = 32 if head_dim <= 128 else 16
     run(combine_kernel)[
         (triton.cdiv(rows, 16 if many else 1), programs, triton.cdiv(head_dim, block_d))
@@ -275,10 +275,4 @@ def _ranks(valid: Tensor) -> Tensor:
 
 def _precision(device: torch.device) -> str:
     """Products with the rotation: fp32 by three TF32 products on NVIDIA tensor cores."""
-    if interpreted() or torch.version.hip is not None or device.type != "cuda":
-        return "ieee"
-    return "tf32x3"
-
-
-def _has_ptx(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and not interpreted()
+    return "tf32x3" if describe(device).ptx else "ieee"

@@ -56,9 +56,7 @@ def normalize(
     for _ in range(ITERS):
         if TOKENS_FIRST:
             token_log = _step(token_log, of_tokens, PLUS)
-            of_channels = channel_std(
-                scratch_ptr, unit, tl.exp(channel_log), tl.exp(token_log)
-            )
+            of_channels = channel_std(scratch_ptr, unit, tl.exp(channel_log), tl.exp(token_log))
             channel_log = _step(channel_log, of_channels, PLUS)
         else:
             channel_log = _step(channel_log, of_channels, PLUS)

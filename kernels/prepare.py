@@ -1,6 +1,6 @@
 """Before attention: rotate the queries, and put a decode step's token into the sinks or the tail.
 
-    unit = power of two near |q * 2**equalizer|,  rotated = (q * 2**equalizer) @ H / unit  in fp16
+unit = power of two near |q * 2**equalizer|,  rotated = (q * 2**equalizer) @ H / unit  in fp16
 """
 
 from __future__ import annotations

@@ -23,9 +23,7 @@ def channels(c, D: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr):
 
 
 @triton.jit
-def channel_table(
-    D: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr
-):
+def channel_table(D: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr):
     """`channels` of all chunks, `[CHUNKS, WIDTH]`."""
     W: tl.constexpr = WIDTH // PLANES
     position = tl.arange(0, WIDTH)[None, :]

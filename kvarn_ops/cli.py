@@ -119,22 +119,38 @@ def demo(
 @app.command()
 def verify(
     backend: Annotated[
-        str, typer.Option(help="auto, aten or reference: the backend to check.")
+        str, typer.Option(help="auto, aten, triton or reference: the backend to check.")
     ] = "auto",
     device: Annotated[
         str | None, typer.Option(help="Default: cuda if there is one, else cpu.")
     ] = None,
-    compile_too: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Check compiled decode steps too.")
+    compiled_too: Annotated[
+        bool, typer.Option("--compiled/--no-compiled", help="Check compiled decode steps too.")
     ] = True,
+    archs: Annotated[
+        str | None,
+        typer.Option(
+            "--compile",
+            metavar="ARCHS",
+            help="Instead, compile the Triton kernels for GPUs that need not be here (sm_80, "
+            "sm_90, sm_100, gfx942 or all): registers, spills, shared memory.",
+        ),
+    ] = None,
+    full: Annotated[bool, typer.Option(help="With --compile: the full matrix, an hour.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Compare the backend that runs here with the reference; exit code 1 if they differ."""
+    """Compare the backend that runs here with the reference; exit code 1 if they differ.
+
+    With --compile, exit code 1 if a kernel for head_dim up to 256 spills registers.
+    """
     from rich.console import Console
 
+    if archs is not None:
+        _verify_binaries(archs, full, as_json)
+        return
     from kvarn_ops.verify import as_dict, run_checks, summary
 
-    report = run_checks(backend, device, compile_too, Console(stderr=True))
+    report = run_checks(backend, device, compiled_too, Console(stderr=True))
     if as_json:
         import json
 
@@ -142,6 +158,31 @@ def verify(
     else:
         Console().print(summary(report))
     if not report.passed:
+        raise typer.Exit(1)
+
+
+def _verify_binaries(archs: str, full: bool, as_json: bool) -> None:
+    import json
+
+    from rich.console import Console
+    from tqdm import tqdm
+
+    from kvarn_ops import kernel_report
+
+    wanted = kernel_report.check_archs(archs)
+    cases = kernel_report.full_cases() if full else kernel_report.covering_cases()
+    with tqdm(total=len(cases) * len(wanted), unit="step", desc="compiling") as bar:
+
+        def advance(name: str) -> None:
+            bar.set_postfix_str(name)
+            bar.update()
+
+        rows = kernel_report.compile_kernels(wanted, cases, on_done=advance)
+    if as_json:
+        typer.echo(json.dumps(kernel_report.as_dicts(rows), indent=2))
+    else:
+        Console(width=None if sys.stdout.isatty() else 140).print(kernel_report.table(rows))
+    if any(row.spill_bytes for row in rows if "D576" not in row.config):
         raise typer.Exit(1)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -17,10 +17,19 @@ from torch import Tensor
 
 from .config import KVarNConfig
 from .env import is_installed
-from .errors import BackendError
-from .layout import PackedTiles, TileCache
+from .errors import BackendError, InputError
+from .layout import PackedTiles, TileCache, allocate
 
-__all__ = ["BACKENDS", "append", "attend", "attention", "resolve", "step"]
+__all__ = [
+    "BACKENDS",
+    "append",
+    "attend",
+    "attention",
+    "check_arch",
+    "compiled_step",
+    "resolve",
+    "step",
+]
 
 BACKENDS = ("auto", "reference", "aten", "triton")
 
@@ -176,3 +185,48 @@ def _format(config: KVarNConfig) -> Any:
         rotate_keys=config.rotate_keys,
         rotate_values=config.rotate_values,
     )
+
+
+def check_arch(arch: str) -> None:
+    """Raise `InputError` unless Triton can compile for a GPU of this name."""
+    from .kernels import static
+
+    try:
+        static.target_of(arch)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def compiled_step(
+    config: KVarNConfig,
+    head_dim: int,
+    q_heads: int,
+    kv_heads: int,
+    new_tokens: int,
+    dtype: str,
+    max_cache_len: int,
+    arch: str,
+    names: Sequence[str] = (),
+) -> Iterator[Any]:
+    """Binaries (`kernels.static.Binary`) of the kernels of one step, compiled for `arch`."""
+    from .kernels import heuristics, static
+
+    kind = getattr(torch, dtype)
+    place: dict[str, Any] = {"dtype": kind, "device": "meta"}
+    cache = allocate(config, 8, kv_heads, head_dim, max_cache_len, kind, "meta")
+    q = torch.empty(8, q_heads, new_tokens, head_dim, **place)
+    k = torch.empty(8, kv_heads, new_tokens, head_dim, **place)
+    rotation = torch.empty(head_dim, head_dim, device="meta")
+    recorder = static.Recorder()
+    target = static.target_of(arch)
+    assumed = heuristics.Device(
+        arch, 132, target.backend == "cuda", target.warp_size, interpreted=False
+    )
+    with heuristics.assumed(assumed):
+        _kernels().step(
+            q, k, k, None, cache, None, rotation, None, head_dim**-0.5, 0.0, True,
+            _format(config), run=recorder,
+        )  # fmt: skip
+    for launch in static.unique(recorder.launches):
+        if not names or launch.kernel.fn.__name__.removesuffix("_kernel") in names:
+            yield static.compile_launch(launch, arch)

@@ -17,7 +17,14 @@ from ..hadamard import hadamard
 from ..layout import center, pack_codes
 from .normalize import equalizer, gauge_exponent, normalize_paper, normalize_plus
 
-__all__ = ["EncodedTiles", "encode_keys", "encode_values", "first_equalizer", "refuse_nonfinite", "sanitize"]
+__all__ = [
+    "EncodedTiles",
+    "encode_keys",
+    "encode_values",
+    "first_equalizer",
+    "refuse_nonfinite",
+    "sanitize",
+]
 
 FP16_MAX = 65504.0
 SCALE_MIN = 1e-10
