@@ -141,7 +141,7 @@ def encode_shape(device: torch.device, head_dim: int, key_planes: int) -> Encode
     return EncodeShape(
         width=width,
         chunks=chunks,
-        block_k=16,
+        block_k=16 if head_dim <= 96 else 32,
         warps=4 if head_dim <= 96 else 8,
         programs=4 * describe(device).multiprocessors,
     )

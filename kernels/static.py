@@ -26,6 +26,7 @@ _TYPES = {
     torch.bool: "*i1",
 }
 _OPTIONS = ("num_warps", "num_stages")
+_MASKS = 32  # AND instructions: no other loop has as many
 _MATRIX_INSTRUCTION = re.compile(r"^(HMMA|IMMA|QMMA|HGMMA|WGMMA|UTCHMMA)")
 
 
@@ -47,7 +48,7 @@ class Binary(NamedTuple):
     registers: int
     spill_bytes: int  # of local memory, per thread
     shared_bytes: int
-    loop_instructions: int | None  # of the loop with most matrix products, per thread; NVIDIA only
+    loop_instructions: int | None  # of the loop over tiles, per thread; NVIDIA only
 
 
 class Recorder:
@@ -147,23 +148,23 @@ def _read_amdgcn(compiled: Any) -> tuple[int, int, None]:
 
 
 def _loop_instructions(sass: str) -> int | None:
-    """Instructions of the backward branch's body that holds most matrix products."""
+    """Instructions of the innermost loop that unpacks codes and multiplies matrices."""
     code = [
         (int(address, 16), text)
         for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)
     ]
     position = {address: index for index, (address, _) in enumerate(code)}
-    best = (0, None)
+    found: list[int] = []
     for index, (address, text) in enumerate(code):
         jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         start = position.get(int(jump[1], 16)) if jump else None
         if jump is None or start is None or int(jump[1], 16) >= address:
             continue
         body = [re.sub(r"^@\S+\s+", "", line) for _, line in code[start : index + 1]]
-        products = sum(bool(_MATRIX_INSTRUCTION.match(line)) for line in body)
-        if products > best[0]:
-            best = (products, len(body))
-    return best[1]
+        masks = sum(line.startswith("LOP3") for line in body)
+        if masks >= _MASKS and any(_MATRIX_INSTRUCTION.match(line) for line in body):
+            found.append(len(body))
+    return min(found, default=None)
 
 
 def unique(launches: Iterable[Launch]) -> list[Launch]:

@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton", reason="Triton is not installed (extra 'dev', Linux)")
 
+import kvarn_ops.kernels.launch  # noqa: E402, F401  (while the variable is as it should be)
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:

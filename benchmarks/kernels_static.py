@@ -1,0 +1,43 @@
+"""Compile the kernels for GPUs that need not be here and keep what the compilers say.
+
+    python benchmarks/kernels_static.py            the covering set: a minute or two on two cores
+    python benchmarks/kernels_static.py --full     the full matrix, about an hour, another file
+
+Counts instructions, registers, spills and shared memory; nothing is run, so nothing here is a speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import triton
+from tqdm import tqdm
+
+from kvarn_ops import kernel_report
+from kvarn_ops.tables import write_rows
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--archs", default="all", help="with commas (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    archs = kernel_report.check_archs(args.archs)
+    cases = kernel_report.full_cases() if args.full else kernel_report.covering_cases()
+    with tqdm(total=len(cases) * len(archs), unit="step") as bar:
+        rows = kernel_report.compile_kernels(archs, cases, on_done=lambda name: bar.update())
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / ("kernels_static_full.csv" if args.full else "kernels_static.csv")
+    write_rows(path, [row | {"triton": triton.__version__} for row in kernel_report.as_dicts(rows)])
+    spilling = [row for row in rows if row.spill_bytes]
+    print(f"{len(rows)} kernels, {len(spilling)} spill: {path}")
+    for row in spilling:
+        print(f"  {row.kernel} {row.config} {row.arch}: {row.spill_bytes} bytes per thread")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What compilers make of kernels, without a GPU: spills, instructions, and Inductor's graph."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvarn_ops import kernel_report
+from kvarn_ops.errors import BackendError, InputError
+
+
+def run(*command: str, root: Path) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, where kernels are not interpreted."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(root)
+    return subprocess.run(
+        [sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True,
+        check=False, timeout=900,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(repo_root: Path) -> list[dict]:
+    done = run("-m", "kvarn_ops", "verify", "--compile", "all", "--json", root=repo_root)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_no_kernel_spills(rows: list[dict]) -> None:
+    spilling = [f"{row['kernel']} {row['config']} {row['arch']}" for row in rows
+                if row["spill_bytes"]]  # fmt: skip
+    assert not spilling
+
+
+@pytest.mark.slow
+def test_every_kernel_is_compiled_for_every_architecture(rows: list[dict]) -> None:
+    found = {(row["kernel"], row["arch"]) for row in rows}
+    names = ("prepare", "attend", "combine", "encode", "store")
+    assert found == {(name, arch) for name in names for arch in kernel_report.ARCHS}
+    for key in ("kernel", "config", "arch", "registers", "spill_bytes", "shared_bytes"):
+        assert all(key in row for row in rows), key
+
+
+@pytest.mark.slow
+def test_decode_loop_stays_within_its_budget(rows: list[dict]) -> None:
+    """Two instructions per code: above, an H200 is bound by instructions and not by memory.
+
+    Six programs of two warps have to fit a multiprocessor: registers and shared memory.
+    """
+    loops = [row for row in rows if row["kernel"] == "attend" and row["config"] == "k4v2 D128 32/8"]
+    nvidia = [row for row in loops if row["arch"].startswith("sm_")]
+    assert len(nvidia) == 3
+    for row in nvidia:
+        assert row["instructions_per_code"] <= 1.95, row
+        assert row["warps"] == 2
+        assert row["registers"] <= 176, row
+        assert row["shared_bytes"] <= 24 * 1024, row
+
+
+@pytest.mark.slow
+def test_committed_table_is_of_this_code(rows: list[dict], repo_root: Path) -> None:
+    """Registers may move by a few with a release of Triton; more is a change worth a look."""
+    import csv
+
+    path = repo_root / "benchmarks" / "results" / "kernels_static.csv"
+    with path.open(newline="") as file:
+        committed = {(r["kernel"], r["config"], r["arch"]): r for r in csv.DictReader(file)}
+    for row in rows:
+        known = committed.get((row["kernel"], row["config"], row["arch"]))
+        assert known is not None, f"{row}: run python benchmarks/kernels_static.py"
+        assert abs(int(known["registers"]) - row["registers"]) <= 24, (known, row)
+        assert abs(int(known["shared_bytes"]) - row["shared_bytes"]) <= 4096, (known, row)
+
+
+def test_inductor_embeds_the_kernels_without_copies(repo_root: Path) -> None:
+    """Two layers: four kernels each, no custom op left, and no buffer is cloned."""
+    done = run("tests/helpers/trace_kernels.py", root=repo_root)
+    assert done.returncode == 0, done.stderr[-2000:]
+    traced = json.loads(done.stdout.splitlines()[-1])
+    names = ["prepare_kernel", "attend_kernel", "combine_kernel", "encode_kernel"]
+    assert [kernel["name"] for kernel in traced["kernels"]] == 2 * names
+    assert all(kernel["clones"] == [] for kernel in traced["kernels"]), traced
+    assert traced["ops"] == []
+    assert traced["clones"] == []
+
+
+@pytest.mark.parametrize("arch", ["sm90", "h200", "gfx", ""])
+def test_unknown_architecture(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(InputError, match="sm_90"):
+        kernel_report.compile_kernels(kernel_report.check_archs(arch), [])
+
+
+def test_compiling_needs_triton_as_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(BackendError, match="unset"):
+        kernel_report.compile_kernels(["sm_90"], [])
+    monkeypatch.setattr(kernel_report, "is_installed", lambda name: False)
+    with pytest.raises(BackendError, match="pip install triton"):
+        kernel_report.compile_kernels(["sm_90"], [])
