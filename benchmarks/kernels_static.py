@@ -3,7 +3,7 @@
     python benchmarks/kernels_static.py            the covering set: a minute or two on two cores
     python benchmarks/kernels_static.py --full     the full matrix, about an hour, another file
 
-Counts instructions, registers, spills and shared memory; nothing is run, so nothing here is a speed.
+Counts instructions, registers, spills and shared memory. Nothing is run: nothing is a speed.
 """
 
 from __future__ import annotations

@@ -118,8 +118,8 @@ def _attention_block(
     run(prepare_kernel)[(triton.cdiv(rows, 16), programs, triton.cdiv(head_dim, block_d))](
         q, rotation, cache.k_equalizer, rotated, unit, k_in, v_in, cache.k_sink, cache.v_sink,
         cache.k_tail, cache.v_tail, cache.seq_lens, rows, capacity,
-        HEADS=heads, D=head_dim, G=form.group_size, SINKS=form.sinks, RING=ring, LAG=form.lag, ROTATE=form.rotate_keys,
-        STORE=store, M=16, BLOCK_D=block_d, BLOCK_K=32, PRECISION=precision, num_warps=4,
+        HEADS=heads, D=head_dim, G=form.group_size, SINKS=form.sinks, RING=ring, LAG=form.lag,
+        ROTATE=form.rotate_keys, STORE=store, M=16, BLOCK_D=block_d, BLOCK_K=32, PRECISION=precision, num_warps=4,
     )  # fmt: skip
 
     def attend(tiles: Any, shape: Any, capacity: int, dense_slots: int, first: int) -> None:
@@ -144,7 +144,8 @@ def _attention_block(
             CAUSAL_NEW=visible.causal, LIMITED=visible.limited and not is_shared,
             WINDOW=visible.first is not None and not is_shared, SHARED=is_shared,
             SOFTCAP=softcap != 0, STAGES=shape.stages, PTX=describe(device).ptx,
-            UPCAST=describe(device).interpreted and q.dtype == torch.bfloat16,  # where it cannot multiply them
+            # The interpreter cannot multiply them.
+            UPCAST=describe(device).interpreted and q.dtype == torch.bfloat16,
             num_warps=shape.warps,
         )  # fmt: skip
 

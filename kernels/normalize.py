@@ -39,7 +39,7 @@ def normalize(
     WIDTH: tl.constexpr, PLANES: tl.constexpr, ITERS: tl.constexpr, TOKENS_FIRST: tl.constexpr,
     PLUS: tl.constexpr,
 ):  # fmt: skip
-    """Scales that balance `unit` times the tile: of channels `[CHUNKS, WIDTH]` and of tokens `[G]`."""
+    """Scales of channels `[CHUNKS, WIDTH]` and tokens `[G]` that balance `unit` times the tile."""
     absent = channel_table(D, CHUNKS, WIDTH, PLANES) >= D
     channel_log = tl.zeros((CHUNKS, WIDTH), tl.float32)
     token_log = tl.zeros((G,), tl.float32)

@@ -29,6 +29,7 @@ __all__ = [
     "compiled_step",
     "resolve",
     "step",
+    "traces_kernels",
 ]
 
 BACKENDS = ("auto", "reference", "aten", "triton")
@@ -97,6 +98,11 @@ def _obstacle(device: torch.device) -> str:
     if not _kernels().multiplies_codes(device):
         return "its matrix units do not multiply subnormal fp16 numbers exactly"
     return ""
+
+
+def traces_kernels() -> bool:
+    """Whether a compiler may take kernels into its graph: not those that are interpreted."""
+    return os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def attend(backend: str) -> Callable[..., Tensor]:

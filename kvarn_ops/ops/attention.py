@@ -162,8 +162,10 @@ def _step_traced(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict | Non
     rotation, sinks, scale, softcap, _, config_line, backend = rest[_CACHE_LEN:]
     decode = q.shape[2] == 1 and valid is None
     offloaded = cache.k_codes.device != q.device
-    whole = kwargs or not decode or offloaded or backend == "reference" or keeps_custom_ops()
-    if whole:
+    whole = kwargs or not decode or offloaded or keeps_custom_ops()
+    if backend == "triton":
+        whole = whole or not dispatch.traces_kernels()
+    if whole or backend == "reference":
         return mode.__torch_dispatch__(op, types, args, kwargs)
     config = KVarNConfig.from_string(config_line)
     with mode:

@@ -32,7 +32,7 @@ class TargetOnly:
         return 0
 
 
-class Traced(Exception):  # noqa: N818
+class Traced(Exception):
     """The graph is there; the rest of the compilation is not wanted."""
 
 

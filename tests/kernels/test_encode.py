@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import CODES, EQUALIZERS, SCALES, make_problem, poison_unused, share_of_different
-from tiles import KINDS, make_tiles
 
+from kernel_cases import CODES, EQUALIZERS, SCALES, make_problem, poison_unused, share_of_different
 from kvarn_ops import KVarNConfig
 from kvarn_ops.hadamard import hadamard
 from kvarn_ops.layout import TileCache, allocate
+from tiles import KINDS, make_tiles
 
 TIES = 1e-4
 HEADS = 2

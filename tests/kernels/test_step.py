@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import CODES, DENSE, make_problem, relative_error, share_of_different
 
+from kernel_cases import CODES, DENSE, make_problem, relative_error, share_of_different
 from kvarn_ops.errors import CacheError, InputError
+from kvarn_ops.ops.samples import sample_inputs
 from kvarn_ops.ops.validate import check_for_kernels
 
 # fp32 queries leave the error of fp16 operands inside the kernel; others round the output too.
@@ -134,3 +135,12 @@ def test_offloaded_tiles_are_refused(device: torch.device) -> None:
     cache = problem.cache._replace(**moved)
     with pytest.raises(InputError, match="offloaded"):
         check_for_kernels(cache, problem.k, problem.v, problem.config)
+
+
+@pytest.mark.parametrize("name", ["append_", "attention", "step_"])
+def test_ops_pass_opcheck(name: str, device: torch.device) -> None:
+    op = getattr(torch.ops.kvarn, name).default
+    samples = list(sample_inputs(name, device))
+    for args, kwargs in samples if device.type == "cuda" else samples[:1]:  # slow if interpreted
+        changed = ("triton" if isinstance(x, str) and x == "aten" else x for x in args)
+        torch.library.opcheck(op, tuple(changed), kwargs)
