@@ -119,7 +119,8 @@ def _attention_block(
         q, rotation, cache.k_equalizer, rotated, unit, k_in, v_in, cache.k_sink, cache.v_sink,
         cache.k_tail, cache.v_tail, cache.seq_lens, rows, capacity,
         HEADS=heads, D=head_dim, G=form.group_size, SINKS=form.sinks, RING=ring, LAG=form.lag,
-        ROTATE=form.rotate_keys, STORE=store, M=16, BLOCK_D=block_d, BLOCK_K=32, PRECISION=precision, num_warps=4,
+        ROTATE=form.rotate_keys, STORE=store, M=16, BLOCK_D=block_d, BLOCK_K=32,
+        PRECISION=precision, num_warps=4,
     )  # fmt: skip
 
     def attend(tiles: Any, shape: Any, capacity: int, dense_slots: int, first: int) -> None:

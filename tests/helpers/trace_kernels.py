@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import triton
 from torch._functorch.aot_autograd import aot_module_simplified
-from torch._inductor.fx_passes.post_grad import decompose_triton_kernel_wrapper_functional
 from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops_core
 from triton.backends.compiler import GPUTarget
 
@@ -78,7 +77,6 @@ def main() -> None:
         for node in graph.nodes
         if "triton_kernel_wrapper_functional" in str(node.target)
     ]
-    decompose_triton_kernel_wrapper_functional(graph)
     left = [str(node.target) for node in graph.nodes if "kvarn" in str(node.target)]
     clones = [
         list(node.meta["val"].shape)
