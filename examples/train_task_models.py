@@ -42,7 +42,6 @@ class Task(NamedTuple):
     curriculum: tuple[int, ...]
     final: tuple[int, ...]
     positions: int
-    num_kv_heads: int
     tokens: Callable[[int], int]  # of a sequence, by length
     make: Callable[[int, int, torch.Generator], Batch]
 
@@ -70,20 +69,20 @@ def lines_batch(count: int, length: int, generator: torch.Generator) -> Batch:
 
 TASKS = {
     "chase": Task(
-        chase.VOCAB_SIZE, (4, 8, 16, 32, 64, 96, 126), (64, 126), 512, 1,
+        chase.VOCAB_SIZE, (4, 8, 16, 32, 64, 96, 126), (64, 126), 512,
         lambda n: 4 * n + 1, chase_batch,
     ),
     "lines": Task(
-        lines.VOCAB_SIZE, (4, 8, 16, 32, 64, 128, 240), (128, 240), 1024, 2,
+        lines.VOCAB_SIZE, (4, 8, 16, 32, 64, 128, 240), (128, 240), 1024,
         lambda n: 3 * (n + min(n, QUESTIONS)), lines_batch,
     ),
 }  # fmt: skip
 
 
 def build_model(task: Task) -> LlamaForCausalLM:
-    """Four layers of two query heads of 64; 0.6 M parameters and the embedding."""
+    """Four layers of two query heads and one KV head of 64; 0.6 M parameters and the embedding."""
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": task.num_kv_heads, "head_dim": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": task.vocab_size - 1}
     config = LlamaConfig(
         vocab_size=task.vocab_size,
