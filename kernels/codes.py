@@ -11,8 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-CODE_UNIT = tl.constexpr(2.0**-24)  # what a code counts at bit position 0
-
 
 @triton.constexpr_function
 def planes(bits):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attend import LOG2E
+from .softmax import LOG2E
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -27,7 +28,8 @@ __all__ = [
     "encode_shape",
 ]
 
-_TUNING_FILES = Path(__file__).parent / "tuned"
+# The first file found counts: what `kvarn-ops tune` wrote, then what the package brings.
+_SHIPPED = Path(__file__).parent / "tuned"
 _INTERPRETER_SMS = 4
 _MOST_ROWS = 32  # accumulators of more would spill
 
@@ -92,15 +94,39 @@ def _describe(device: torch.device) -> Device:
     return Device(properties.name, properties.multi_processor_count, ptx, wavefront, interpreted)
 
 
-@lru_cache(maxsize=8)
-def _tuned(device_name: str) -> dict[str, dict[str, int]]:
-    """Settings of a device by preset, from `kvarn-ops tune` or from this package."""
-    name = device_name.lower().replace(" ", "_").replace("/", "_") + ".json"
+def tuning_dir() -> Path:
+    """Where `kvarn-ops tune` writes: KVARN_OPS_TUNING_DIR, else a folder of the user's cache."""
     own = os.environ.get("KVARN_OPS_TUNING_DIR")
-    for folder in (*([Path(own)] if own else []), _TUNING_FILES):
-        if (folder / name).is_file():
-            return json.loads((folder / name).read_text())
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own) if own else Path(cache) / "kvarn_ops" / "tuned"
+
+
+def tuning_file(device_name: str) -> str:
+    """File name of a device's settings."""
+    return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_") + ".json"
+
+
+@lru_cache(maxsize=8)
+def tuned(device_name: str) -> dict[str, dict[str, int]]:
+    """Settings of a device by `k4v2_d128`."""
+    for folder in (tuning_dir(), _SHIPPED):
+        path = folder / tuning_file(device_name)
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
     return {}
+
+
+_trial: list[dict[str, int]] = []
+
+
+@contextmanager
+def trying(settings: dict[str, int]) -> Iterator[None]:
+    """Launch with these settings, for `kvarn-ops tune`."""
+    _trial.append(settings)
+    try:
+        yield
+    finally:
+        _trial.pop()
 
 
 def attend_shape(
@@ -108,7 +134,8 @@ def attend_shape(
     head_dim: int, key_bits: int, value_bits: int,
 ) -> AttendShape:  # fmt: skip
     """Shape for `programs` = batch x KV heads, each with `rows` query rows and `tiles` tiles."""
-    settings = _tuned(describe(device).name).get(f"k{key_bits}v{value_bits}_d{head_dim}", {})
+    key = f"k{key_bits}v{value_bits}_d{head_dim}"
+    settings = _trial[-1] if _trial else tuned(describe(device).name).get(key, {})
     block_rows = min(_MOST_ROWS, max(8, triton.next_power_of_2(rows)))
     # Registers hold a tile's words and the accumulators [G, rows] and [D, rows]. A wavefront of
     # AMD has 64 threads.

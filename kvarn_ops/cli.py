@@ -187,6 +187,59 @@ def _verify_binaries(archs: str, full: bool, as_json: bool) -> None:
 
 
 @app.command()
+def tune(
+    presets: Annotated[str, typer.Option(help="With commas.")] = "k4v2,k2v2,k4v4",
+    head_dims: Annotated[str, typer.Option(help="With commas.")] = "64,128",
+    heads: Annotated[str, typer.Option(help="Query heads / KV heads.")] = "32/8",
+    batches: Annotated[str, typer.Option(help="With commas.")] = "1,8",
+    contexts: Annotated[str, typer.Option(help="With commas.")] = "4096,16384",
+    rounds: Annotated[int, typer.Option(help="Calls per setting.", min=1)] = 20,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; default: where kernels look for it.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="A GPU.")] = "cuda",
+) -> None:
+    """Measure launch settings of the Triton kernels on this GPU and keep the best in a file.
+
+    Kernels read it from then on, in new processes; delete it to go back to the built-in rule.
+    """
+    import torch
+    from rich.console import Console
+    from tqdm import tqdm
+
+    from kvarn_ops import tuning
+    from kvarn_ops.config import parse_presets
+
+    configs = list(parse_presets(presets, "--presets").values())
+    dims = _integers(head_dims, "--head-dims")
+    problems = [
+        (batch, context)
+        for batch in _integers(batches, "--batches")
+        for context in _integers(contexts, "--contexts")
+    ]
+    trials = 1 + sum(len(values) for values in tuning.CANDIDATES.values())
+    with tqdm(total=len(configs) * len(dims) * trials, unit="setting") as bar:
+
+        def advance(name: str) -> None:
+            bar.set_postfix_str(name)
+            bar.update()
+
+        path = tuning.tune(
+            configs, dims, heads, problems, torch.device(device), rounds, out, advance
+        )
+    Console().print(f"Written to {path}:\n{path.read_text()}")
+
+
+def _integers(text: str, option: str) -> list[int]:
+    from kvarn_ops.errors import InputError
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text!r}: give integers with commas.") from None
+
+
+@app.command()
 def inspect(
     directory: Annotated[
         Path, typer.Argument(metavar="MODEL_DIR", help="In Hugging Face format; weights optional.")

@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -27,9 +29,12 @@ __all__ = [
     "attention",
     "check_arch",
     "compiled_step",
+    "forget_tuning",
     "resolve",
     "step",
     "traces_kernels",
+    "trying",
+    "tuning_path",
 ]
 
 BACKENDS = ("auto", "reference", "aten", "triton")
@@ -191,6 +196,28 @@ def _format(config: KVarNConfig) -> Any:
         rotate_keys=config.rotate_keys,
         rotate_values=config.rotate_values,
     )
+
+
+def tuning_path(device: torch.device, folder: Path | None = None) -> Path:
+    """The file with this device's launch settings, whether or not it exists."""
+    from .kernels import heuristics
+
+    name = heuristics.tuning_file(heuristics.describe(device).name)
+    return (folder or heuristics.tuning_dir()) / name
+
+
+def trying(settings: dict[str, int]) -> AbstractContextManager[None]:
+    """Launch kernels with these settings."""
+    from .kernels import heuristics
+
+    return heuristics.trying(settings)
+
+
+def forget_tuning() -> None:
+    """Read the tuning files again."""
+    from .kernels import heuristics
+
+    heuristics.tuned.cache_clear()
 
 
 def check_arch(arch: str) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import dispatch
 from .._compat import maybe_dynamic
 from ..config import KVarNConfig
 from ..errors import InputError
@@ -83,6 +84,7 @@ class DecodeStep:
     ) -> None:
         self.config, self.shape, self.context = config, shape, context
         self._compiled = compiled
+        self.backend = dispatch.resolve("auto", device)
         batch, heads, width = shape.batch, shape.kv_heads, shape.head_dim
         generator = torch.Generator().manual_seed(0)
 
@@ -112,8 +114,8 @@ class DecodeStep:
             self.cache.seq_lens.fill_(self.context)
 
         return {
-            KVARN: Contender(lambda: self.step("aten", self._compiled), back),
-            KVARN_EAGER: Contender(lambda: self.step("aten"), back),
+            KVARN: Contender(lambda: self.step(self.backend, self._compiled), back),
+            KVARN_EAGER: Contender(lambda: self.step(self.backend), back),
             DENSE: Contender(lambda: F.scaled_dot_product_attention(self.q, k, v, enable_gqa=True)),
             DENSE_PACKED: Contender(lambda: F.scaled_dot_product_attention(grouped, k, v)),
         }

@@ -1,0 +1,117 @@
+"""Attention to what a cache holds in the model's dtype, and to new tokens."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .softmax import LOG2E, softcapped
+
+
+@triton.jit
+def _weights(scores, peak):
+    """New peak of columns [1, N], `exp2(scores - peak)` and the factor for what came before."""
+    peak_new = tl.maximum(peak, tl.max(scores, axis=0, keep_dims=True))
+    base = tl.where(peak_new == -float("inf"), 0.0, peak_new)
+    return peak_new, tl.exp2(scores - base), tl.exp2(peak - base)
+
+
+@triton.jit
+def _dense_block(
+    q, visible, k_ptr, v_ptr, tokens, held, peak, total, out,
+    score_scale, softcap, D: tl.constexpr, D_PAD: tl.constexpr, SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Add tokens `[T]` at rows `tokens` of `k_ptr`, `v_ptr`; `visible` [T, N], `held` [T]."""
+    channel = tl.arange(0, D_PAD)
+    place = tokens.to(tl.int64)[:, None] * D + channel[None, :]
+    # A slot that is not held may hold anything, and 0 * NaN is NaN.
+    readable = held[:, None] & (channel < D)[None, :]
+    keys = tl.load(k_ptr + place, mask=readable, other=0.0)
+    if UPCAST:
+        keys, q = keys.to(tl.float32), q.to(tl.float32)
+    scores = tl.dot(keys, q, input_precision="ieee") * score_scale
+    if SOFTCAP:
+        scores = softcapped(scores, softcap)
+    scores = tl.where(visible, scores * LOG2E, -float("inf"))
+    peak, p, shrink = _weights(scores, peak)
+    values = tl.load(v_ptr + place, mask=readable, other=0.0)
+    if UPCAST:
+        values = values.to(tl.float32)
+    out = tl.dot(tl.trans(values), p.to(values.dtype), out * shrink, input_precision="ieee")
+    return peak, total * shrink + tl.sum(p, axis=0, keep_dims=True), out
+
+
+@triton.jit
+def attend_dense(
+    q_ptr, k_sink_ptr, v_sink_ptr, k_tail_ptr, v_tail_ptr, k_new_ptr, v_new_ptr, rank_ptr,
+    head_index, batch, slot, length, row, in_rows, query, limit, lowest, rows, new_tokens,
+    score_scale, softcap,
+    D: tl.constexpr, G: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, LAG: tl.constexpr,
+    DENSE_SLOTS: tl.constexpr, STORED: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr,
+    D_PAD: tl.constexpr, HAS_NEW: tl.constexpr, HAS_VALID: tl.constexpr, CAUSAL_NEW: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Sinks, tail and new tokens, every `DENSE_SLOTS`-th block of each."""
+    peak = tl.full((1, N), -float("inf"), tl.float32)
+    total = tl.zeros((1, N), tl.float32)
+    out = tl.zeros((D_PAD, N), tl.float32)
+    tiles = tl.maximum(length - SINKS - LAG, 0) // G
+    channel = tl.arange(0, D_PAD)
+    q = tl.load(
+        q_ptr + (head_index * rows + row)[None, :] * D + channel[:, None],
+        mask=in_rows[None, :] & (channel < D)[:, None],
+        other=0.0,
+    )
+    token = tl.arange(0, BLOCK_T)
+    held_tokens = length + STORED
+    sink_blocks: tl.constexpr = (SINKS + BLOCK_T - 1) // BLOCK_T
+    ring_blocks: tl.constexpr = (RING + BLOCK_T - 1) // BLOCK_T
+    for block in tl.range(slot, sink_blocks, DENSE_SLOTS, num_stages=1):
+        index = block * BLOCK_T + token
+        held = (index < SINKS) & (index < held_tokens)
+        visible = held[:, None] & in_rows[None, :]
+        visible &= (index[:, None] < limit[None, :]) & (index[:, None] >= lowest[None, :])
+        peak, total, out = _dense_block(
+            q, visible, k_sink_ptr + head_index * SINKS * D,
+            v_sink_ptr + head_index * SINKS * D, index, held, peak, total, out,
+            score_scale, softcap, D, D_PAD, SOFTCAP, UPCAST,
+        )  # fmt: skip
+    newest = held_tokens - SINKS - 1
+    for block in tl.range(slot, ring_blocks, DENSE_SLOTS, num_stages=1):
+        index = block * BLOCK_T + token
+        # The newest position after the sinks that falls on this slot of the ring.
+        age = (newest - index + RING) % RING
+        position = newest - age
+        held = (index < RING) & (newest >= 0) & (position >= tiles * G)
+        visible = held[:, None] & in_rows[None, :]
+        place = (position + SINKS)[:, None]
+        visible &= (place < limit[None, :]) & (place >= lowest[None, :])
+        peak, total, out = _dense_block(
+            q, visible, k_tail_ptr + head_index * RING * D,
+            v_tail_ptr + head_index * RING * D, index, held, peak, total, out,
+            score_scale, softcap, D, D_PAD, SOFTCAP, UPCAST,
+        )  # fmt: skip
+    if HAS_NEW:
+        rank = tl.zeros((BLOCK_T,), tl.int32)
+        for block in tl.range(slot, tl.cdiv(new_tokens, BLOCK_T), DENSE_SLOTS, num_stages=1):
+            index = block * BLOCK_T + token
+            held = index < new_tokens
+            if HAS_VALID:
+                rank = tl.load(rank_ptr + batch * new_tokens + index, mask=held, other=-1).to(
+                    tl.int32
+                )
+                held &= rank >= 0
+            else:
+                rank = index
+            visible = held[:, None] & in_rows[None, :]
+            if CAUSAL_NEW:
+                visible &= index[:, None] <= query[None, :]
+            if WINDOW:
+                visible &= (length + rank)[:, None] >= lowest[None, :]
+            peak, total, out = _dense_block(
+                q, visible, k_new_ptr + head_index * new_tokens * D,
+                v_new_ptr + head_index * new_tokens * D, index, held, peak, total, out,
+                score_scale, softcap, D, D_PAD, SOFTCAP, UPCAST,
+            )  # fmt: skip
+    return peak, total, out
