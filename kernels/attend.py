@@ -80,8 +80,12 @@ def attend_kernel(
         if SHARED:
             tiles = capacity
             source = batch // copies * HEADS + head_index % HEADS
-        per_split = tl.cdiv(tiles, SPLITS)
-        start = (slot - DENSE_SLOTS) * per_split
+        oldest = 0
+        if WINDOW:  # tiles before it are not even read
+            oldest = tl.min(tl.where(in_rows, lowest, 2147483647), axis=0)
+            oldest = tl.minimum(tl.maximum(oldest - SINKS, 0) // G, tiles)
+        per_split = tl.cdiv(tiles - oldest, SPLITS)
+        start = oldest + (slot - DENSE_SLOTS) * per_split
         stop = tl.minimum(start + per_split, tiles)
         peak, total, out = attend_tiles(
             rotated_ptr, unit_ptr, k_codes_ptr, k_affine_ptr, k_token_ptr, v_codes_ptr,

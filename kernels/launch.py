@@ -234,12 +234,20 @@ def encode(
 def step(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, cache: Any, shared: Any | None,
     rotation: Tensor, sink_logits: Tensor | None, scale: float, softcap: float, causal: bool,
-    form: Format, *, run: Run = _directly,
+    form: Format, window: int = 0, *, run: Run = _directly,
 ) -> Tensor:  # fmt: skip
-    """Attend to the cache and the new tokens, then append these."""
+    """Attend to the cache and the new tokens, then append these.
+
+    With a `window`, a query sees its own position and the `window - 1` before it.
+    """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    first = None
+    if window:
+        place = torch.arange(k.shape[2], device=k.device)[None]
+        place = place if valid is None else valid.cumsum(-1) - valid.long()
+        first = cache.seq_lens[:, None] + place + (1 - window)
     if k.shape[2] == 1 and valid is None:
-        visible = Visible(causal=False, limited=False, rank=None, first=None)
+        visible = Visible(causal=False, limited=False, rank=None, first=first)
         out = attention(
             q, cache, shared, k, v, visible, rotation, sink_logits, scale, softcap, form,
             store=True, run=run,
@@ -247,7 +255,7 @@ def step(
         encode(k, v, None, None, cache, rotation, form, stored=True, run=run)
         return out
     rank = None if valid is None else _ranks(valid)
-    visible = Visible(causal=causal, limited=False, rank=rank, first=None)
+    visible = Visible(causal=causal, limited=False, rank=rank, first=first)
     out = attention(
         q, cache, shared, k, v, visible, rotation, sink_logits, scale, softcap, form, run=run
     )

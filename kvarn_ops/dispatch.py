@@ -144,10 +144,11 @@ def attention(
     softcap: float,
     causal: bool,
     config: KVarNConfig,
+    first: Tensor | None,
 ) -> Tensor:
-    """`kvarn::attention` by kernels."""
+    """`kvarn::attention` by kernels; `first` `[B, S]` int64 are the first visible positions."""
     kernels = _kernels()
-    visible = kernels.Visible(causal, causal and q.shape[2] > 1, None, None)
+    visible = kernels.Visible(causal, causal and q.shape[2] > 1, None, first)
     return kernels.attention(
         q, cache, None, None, None, visible, rotation, sink_logits, scale, softcap, _format(config)
     )
@@ -166,6 +167,7 @@ def step(
     softcap: float,
     causal: bool,
     config: KVarNConfig,
+    window: int = 0,
     *,
     traced: bool = False,
 ) -> Tensor:
@@ -173,7 +175,7 @@ def step(
     run: dict[str, Any] = {"run": torch.library.wrap_triton} if traced else {}
     return _kernels().step(
         q, k, v, valid, cache, shared, rotation, sink_logits, scale, softcap, causal,
-        _format(config), **run,
+        _format(config), window, **run,
     )  # fmt: skip
 
 

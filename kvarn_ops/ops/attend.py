@@ -14,6 +14,7 @@ from torch import Tensor
 from .._compat import hint_size
 from ..config import KVarNConfig
 from ..layout import PackedTiles, TileCache
+from ..reference.attention import Visible
 from .dense import Partial, dense_part, dense_part_traced, exponentials, softcapped, tiles_of
 from .formula import Dot, dot_matmul, dot_unrolled, materialized, tile_output, tile_scores
 
@@ -29,8 +30,7 @@ def attend(
     cache: TileCache,
     k_new: Tensor,
     v_new: Tensor,
-    new_visible: Tensor,
-    limit: Tensor | None,
+    visible: Visible,
     rotation: Tensor,
     sink_logits: Tensor | None,
     scale: float,
@@ -53,8 +53,7 @@ def attend(
                 cache,
                 k_new,
                 v_new,
-                new_visible[:, block],
-                None if limit is None else limit[:, block],
+                visible.queries(block),
                 rotation,
                 sink_logits,
                 scale,
@@ -89,6 +88,7 @@ def attend_decode_traced(
     softcap: float,
     config: KVarNConfig,
     shared: PackedTiles | None = None,
+    window: int = 0,
 ) -> Tensor:
     """One new token per row, for compilers: straight-line code, work proportional to live tiles."""
     batch, capacity = q.shape[0], cache.k_codes.shape[2]
@@ -97,14 +97,14 @@ def attend_decode_traced(
     hint_size(live, _TYPICAL_TILES)
     torch._check(live >= 1)
     torch._check(live <= capacity)
-    new_visible = torch.ones(batch, 1, 1, dtype=torch.bool, device=q.device)
+    new = torch.ones(batch, 1, 1, dtype=torch.bool, device=q.device)
+    first = cache.seq_lens.unsqueeze(1) + (1 - window) if window else None
     return _attend_block(
         q,
         cache,
         k_new,
         v_new,
-        new_visible,
-        None,
+        Visible(new, first),
         rotation,
         sink_logits,
         scale,
@@ -121,8 +121,7 @@ def _attend_block(
     cache: TileCache,
     k_new: Tensor,
     v_new: Tensor,
-    new_visible: Tensor,
-    limit: Tensor | None,
+    visible: Visible,
     rotation: Tensor,
     sink_logits: Tensor | None,
     scale: float,
@@ -138,9 +137,9 @@ def _attend_block(
     rows = q.float().reshape(batch, num_kv_heads, q_per_kv * queries, head_dim) * scale
 
     if dot is dot_unrolled:
-        dense = dense_part_traced(rows, cache, k_new, v_new, softcap, config)
+        dense = dense_part_traced(rows, cache, k_new, v_new, visible, softcap, config)
     else:
-        dense = dense_part(rows, cache, k_new, v_new, new_visible, limit, softcap, config)
+        dense = dense_part(rows, cache, k_new, v_new, visible, softcap, config)
     parts = [dense]
 
     rotated = rows
@@ -151,7 +150,7 @@ def _attend_block(
     packed = None
     for start, count in chunks:
         tiles = cache.tiles(start, count).on(q.device)
-        hidden = _tiles_hidden(cache, limit, start, count, config)
+        hidden = _tiles_hidden(cache, visible, start, count, config)
         scores = tile_scores(rotated, tiles, config, dot)  # [B, H, n, M, G]
         scores = softcapped(scores, softcap)
         if hidden.shape[2] > 1:
@@ -222,22 +221,23 @@ def _attend_shared(
 
 
 def _tiles_hidden(
-    cache: TileCache, limit: Tensor | None, start: int, count: int, config: KVarNConfig
+    cache: TileCache, visible: Visible, start: int, count: int, config: KVarNConfig
 ) -> Tensor:
-    """Which quantized tokens queries do not see: `[B, n, S, G]`, or `[B, n, 1, 1]` without limit.
+    """Which quantized tokens queries do not see: `[B, n, S, G]`, or `[B, n, 1, 1]`.
 
-    Without a limit a query sees every quantized token, so whole tiles are live or not, which keeps
+    The latter if a query sees every quantized token, so whole tiles are live or not, which keeps
     position arithmetic out of the inner loop.
     """
     live = tiles_of(cache.seq_lens, config)[:, None]
     tile = start + torch.arange(count, device=live.device)
     # Written out, or compilers put the integer division into the loop over scores.
     dead = materialized(tile >= live)[:, :, None, None]  # [B, n, 1, 1]
-    if limit is None:
+    if visible.whole_cache:
         return dead
     token = torch.arange(config.group_size, device=live.device)
     position = config.num_sink_tokens + tile[:, None, None] * config.group_size + token
-    return dead | (position >= limit[:, None, :, None])
+    seen = visible.of(position.flatten())  # [B, S, n * G]
+    return dead | ~seen.unflatten(-1, (count, -1)).transpose(1, 2)
 
 
 def _merge(a: Partial, b: Partial) -> Partial:

@@ -4,7 +4,8 @@
 forward, and each cache buffer is read first and mutated once, which compilers do without a copy.
 When it is compiled for one token per row it becomes plain arithmetic plus `append_`; otherwise it
 stays whole. `step_shared_` reads, besides, tiles that belong to several caches and never change:
-the cache itself then holds the sequence without the tokens of those tiles.
+the cache itself then holds the sequence without the tokens of those tiles. With a `window` a query
+sees its own position and the `window - 1` before it; 0 means all.
 """
 
 from __future__ import annotations
@@ -18,10 +19,17 @@ from .. import dispatch
 from .._compat import keeps_custom_ops
 from ..config import KVarNConfig
 from ..layout import PackedTiles, TileCache
+from ..reference.attention import Visible
 from .append import append_, store
 from .attend import attend_decode_traced, attend_first
 from .library import CACHE_ARGS, CACHE_MUTATED_ARGS, CACHE_RETURNS, SHARED_ARGS, define
-from .validate import check_attention, check_for_kernels, check_new_tokens, check_shared
+from .validate import (
+    check_attention,
+    check_for_kernels,
+    check_new_tokens,
+    check_shared,
+    check_window,
+)
 
 __all__ = ["attention", "step", "step_", "step_shared", "step_shared_"]
 
@@ -31,23 +39,25 @@ _SHARED_LEN = len(PackedTiles._fields)
 
 def _attention_kernel(q: Tensor, *rest: Any) -> Tensor:
     cache = TileCache(*rest[:_CACHE_LEN])
-    rotation, sink_logits, scale, softcap, causal, config_line, backend = rest[_CACHE_LEN:]
-    config = KVarNConfig.from_string(config_line)
+    rotation, sink_logits, scale, softcap, causal, config_line, backend, *more = rest[_CACHE_LEN:]
+    config, window = KVarNConfig.from_string(config_line), more[0] if more else 0
     check_attention(q, cache, sink_logits)
+    check_window(window, causal, None)
+    stop = cache.seq_lens[:, None] - torch.arange(q.shape[2] - 1, -1, -1, device=q.device)
+    first = stop - window if window else None
     if backend == "triton":
-        return dispatch.attention(q, cache, rotation, sink_logits, scale, softcap, causal, config)
+        return dispatch.attention(
+            q, cache, rotation, sink_logits, scale, softcap, causal, config, first
+        )
     nothing = cache.k_tail[:, :, :0]
-    new_visible = torch.ones(q.shape[0], q.shape[2], 0, dtype=torch.bool, device=q.device)
-    limit = None
-    if causal and q.shape[2] > 1:
-        limit = cache.seq_lens[:, None] - torch.arange(q.shape[2] - 1, -1, -1, device=q.device)
+    new = torch.ones(q.shape[0], q.shape[2], 0, dtype=torch.bool, device=q.device)
+    visible = Visible(new, first, stop if causal and q.shape[2] > 1 else None)
     return dispatch.attend(backend)(
         q,
         cache,
         nothing,
         nothing,
-        new_visible,
-        limit,
+        visible,
         rotation,
         sink_logits,
         scale,
@@ -75,8 +85,9 @@ def _step(
     *rest: Any,
 ) -> Tensor:
     cache = TileCache(*rest[:_CACHE_LEN])
-    rotation, sinks, scale, softcap, causal, config_line, backend = rest[_CACHE_LEN:]
-    config = KVarNConfig.from_string(config_line)
+    rotation, sinks, scale, softcap, causal, config_line, backend, *more = rest[_CACHE_LEN:]
+    config, window = KVarNConfig.from_string(config_line), more[0] if more else 0
+    check_window(window, causal, shared)
     check_new_tokens(k, v, valid, cache, config)
     check_attention(q, cache, sinks)
     if shared is not None:
@@ -86,16 +97,19 @@ def _step(
     plain = softcap == 0 and sinks is None and q.dtype == k.dtype and shared is None
     plain = plain and causal and backend != "reference"
     if plain and not _is_step(backend, k, valid) and not bool(cache.seq_lens.any()):
-        visible = None if valid is None else _new_visible(q, k, valid, causal)
-        out = attend_first(q, k, v, visible, scale)
+        seen = None
+        if valid is not None or 0 < window < k.shape[2]:
+            seen = _new_visible(q, k, valid, causal, window)
+        out = attend_first(q, k, v, seen, scale)
     elif backend == "triton":
         return dispatch.step(
-            q, k, v, valid, shared, cache, rotation, sinks, scale, softcap, causal, config
+            q, k, v, valid, shared, cache, rotation, sinks, scale, softcap, causal, config, window
         )
     else:
-        seen = _new_visible(q, k, valid, causal)
+        first = cache.seq_lens[:, None] + _ranks(k, valid) + (1 - window) if window else None
+        visible = Visible(_new_visible(q, k, valid, causal, window), first)
         attend = dispatch.attend(backend)
-        out = attend(q, cache, k, v, seen, None, rotation, sinks, scale, softcap, config, shared)
+        out = attend(q, cache, k, v, visible, rotation, sinks, scale, softcap, config, shared)
     if backend == "triton":
         dispatch.append(cache, k, v, valid, rotation, config)
     else:
@@ -108,11 +122,23 @@ def _is_step(backend: str, k: Tensor, valid: Tensor | None) -> bool:
     return backend == "triton" and k.shape[2] == 1 and valid is None
 
 
-def _new_visible(q: Tensor, k: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
+def _ranks(k: Tensor, valid: Tensor | None) -> Tensor:
+    """`[B or 1, S]` int64: how many new tokens of its row come before each one, padding aside."""
+    if valid is None:
+        return torch.arange(k.shape[2], device=k.device).unsqueeze(0)
+    return valid.cumsum(-1) - valid.long()
+
+
+def _new_visible(
+    q: Tensor, k: Tensor, valid: Tensor | None, causal: bool, window: int = 0
+) -> Tensor:
     """`[B, S, S]` bool: which new tokens each query sees."""
     batch, count = q.shape[0], k.shape[2]
     visible = torch.ones(count, count, dtype=torch.bool, device=q.device)
     visible = (visible.tril() if causal else visible).expand(batch, -1, -1)
+    if window:
+        rank = _ranks(k, valid)
+        visible = visible & (rank.unsqueeze(1) > rank.unsqueeze(2) - window)
     return visible if valid is None else visible & valid.unsqueeze(1)
 
 
@@ -159,7 +185,8 @@ def _step_traced(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict | Non
     if op is step_shared_:
         shared, rest = PackedTiles(*rest[:_SHARED_LEN]), rest[_SHARED_LEN:]
     cache = TileCache(*rest[:_CACHE_LEN])
-    rotation, sinks, scale, softcap, _, config_line, backend = rest[_CACHE_LEN:]
+    rotation, sinks, scale, softcap, _, config_line, backend, *more = rest[_CACHE_LEN:]
+    window = more[0] if more else 0
     decode = q.shape[2] == 1 and valid is None
     offloaded = cache.k_codes.device != q.device
     whole = kwargs or not decode or offloaded or keeps_custom_ops()
@@ -172,16 +199,18 @@ def _step_traced(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict | Non
         if backend == "triton":
             return dispatch.step(
                 q, k, v, None, shared, cache, rotation, sinks, scale, softcap, True, config,
-                traced=True,
+                window, traced=True,
             )  # fmt: skip
-        out = attend_decode_traced(q, cache, k, v, rotation, sinks, scale, softcap, config, shared)
+        out = attend_decode_traced(
+            q, cache, k, v, rotation, sinks, scale, softcap, config, shared, window
+        )
         append_(k, v, None, *cache, rotation, config_line, backend)
         return out
 
 
 _TAIL_ARGS = (
     "Tensor rotation, Tensor? sink_logits, float scale, float softcap, bool causal, str config, "
-    "str backend"
+    "str backend, int window=0"
 )
 
 attention = define(

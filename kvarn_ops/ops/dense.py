@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import KVarNConfig
 from ..layout import TileCache
+from ..reference.attention import Visible
 from .formula import materialized
 
 __all__ = ["Partial", "dense_part", "dense_part_traced", "exponentials", "softcapped", "tiles_of"]
@@ -37,21 +38,20 @@ def dense_part(
     cache: TileCache,
     k_new: Tensor,
     v_new: Tensor,
-    new_visible: Tensor,
-    limit: Tensor | None,
+    visible: Visible,
     softcap: float,
     config: KVarNConfig,
 ) -> Partial:
     """Attention to sinks, tail and new tokens by two matrix products: the eager form."""
-    queries = new_visible.shape[1]
-    stored_visible = _dense_visible(cache, limit, config).expand(-1, queries, -1)
-    visible = torch.cat([stored_visible, new_visible], dim=-1)
+    queries = visible.new.shape[1]
+    stored = _dense_visible(cache, visible, config).expand(-1, queries, -1)
+    seen = torch.cat([stored, visible.new], dim=-1)
     keys = torch.cat([cache.k_sink, cache.k_tail, k_new], dim=2).float()
     values = torch.cat([cache.v_sink, cache.v_tail, v_new], dim=2).float()
     # A slot that no query sees may hold anything, and 0 * NaN is NaN.
-    values = values.masked_fill(~visible.any(1)[:, None, :, None], 0.0)
+    values = values.masked_fill(~seen.any(1)[:, None, :, None], 0.0)
     scores = softcapped(rows @ keys.mT, softcap)
-    hidden = ~visible.repeat(1, rows.shape[2] // queries if queries > 1 else 1, 1).unsqueeze(1)
+    hidden = ~seen.repeat(1, rows.shape[2] // queries if queries > 1 else 1, 1).unsqueeze(1)
     peak, weights, total = exponentials(scores.masked_fill(hidden, -torch.inf), (-1,))
     return Partial(peak, total, weights @ values)
 
@@ -61,15 +61,16 @@ def dense_part_traced(
     cache: TileCache,
     k_new: Tensor,
     v_new: Tensor,
+    visible: Visible,
     softcap: float,
     config: KVarNConfig,
 ) -> Partial:
     """`dense_part` for one new token per row, without copies of the keys and values."""
     sinks = config.num_sink_tokens
-    visible = materialized(_dense_visible(cache, None, config))  # [B, 1, sinks + ring]
-    stored = [(cache.k_tail, cache.v_tail, visible[:, :, sinks:])]
+    held = materialized(_dense_visible(cache, visible, config))  # [B, 1, sinks + ring]
+    stored = [(cache.k_tail, cache.v_tail, held[:, :, sinks:])]
     if sinks:
-        stored.append((cache.k_sink, cache.v_sink, visible[:, :, :sinks]))
+        stored.append((cache.k_sink, cache.v_sink, held[:, :, :sinks]))
     own = softcapped((rows * k_new.float()).sum(-1, keepdim=True), softcap)  # [B, H, M, 1]
     scores, peak = [], own
     for keys, _, seen in stored:
@@ -89,7 +90,7 @@ def dense_part_traced(
     return Partial(peak, total, out)
 
 
-def _dense_visible(cache: TileCache, limit: Tensor | None, config: KVarNConfig) -> Tensor:
+def _dense_visible(cache: TileCache, visible: Visible, config: KVarNConfig) -> Tensor:
     """`[B, S or 1, sinks + ring]` bool: the slots of sinks and tail that each query sees."""
     sinks, ring = config.num_sink_tokens, cache.k_tail.shape[2]
     lengths = cache.seq_lens.unsqueeze(1)  # [B, 1]
@@ -101,10 +102,10 @@ def _dense_visible(cache: TileCache, limit: Tensor | None, config: KVarNConfig) 
     held = torch.cat(
         [sink_positions < lengths, (position >= first) & (position >= 0)], dim=-1
     ).unsqueeze(1)
-    if limit is None:
+    if visible.whole_cache:
         return held
     positions = torch.cat([sink_positions, position + sinks], dim=-1).unsqueeze(1)
-    return held & (positions < limit.unsqueeze(-1))
+    return held & visible.of(positions)
 
 
 def softcapped(scores: Tensor, softcap: float) -> Tensor:

@@ -17,6 +17,7 @@ __all__ = [
     "check_new_tokens",
     "check_shared",
     "check_tiles",
+    "check_window",
 ]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -108,6 +109,16 @@ def check_capacity(cache: TileCache, needed: int, config: KVarNConfig) -> None:
             f"the KVarN cache is full: it has room for {limit} tokens per row and {needed} are "
             f"needed. Create it with max_cache_len={needed} or more."
         )
+
+
+def check_window(window: int, causal: bool, shared: PackedTiles | None) -> None:
+    """A sliding window goes with causal attention, and not with shared tiles."""
+    if window < 0:
+        raise InputError(f"window={window}: give the number of visible tokens, or 0 for all.")
+    if window and not causal:
+        raise InputError("a sliding window needs causal=True.")
+    if window and shared is not None:
+        raise InputError("a sliding window over tiles that rows share is not supported.")
 
 
 def check_for_kernels(cache: TileCache, k: Tensor, v: Tensor, config: KVarNConfig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,36 @@ from ..layout import PackedTiles, TileCache
 from .decode import decode_keys, decode_values
 from .encode import EncodedTiles
 
-__all__ = ["attend", "read_row"]
+__all__ = ["Visible", "attend", "read_row"]
+
+
+class Visible(NamedTuple):
+    """Which tokens each of S queries sees.
+
+    Of the cache, those at positions from `first` (None: 0) to before `stop` (None: all).
+    """
+
+    new: Tensor  # [B, S, N] bool, of the new tokens
+    first: Tensor | None = None  # [B, S] int64
+    stop: Tensor | None = None  # [B, S] int64
+
+    @property
+    def whole_cache(self) -> bool:
+        """Whether every query sees every stored token."""
+        return self.first is None and self.stop is None
+
+    def queries(self, block: slice) -> Visible:
+        """The same for some of the queries."""
+        return Visible(*(None if x is None else x[:, block] for x in self))  # type: ignore[arg-type]
+
+    def of(self, positions: Tensor) -> Tensor:
+        """`[B, S, T]` bool: which queries see positions `[T]` or `[B, 1, T]` of the cache."""
+        seen = torch.ones_like(positions, dtype=torch.bool)
+        if self.first is not None:
+            seen = seen & (positions >= self.first.unsqueeze(-1))
+        if self.stop is not None:
+            seen = seen & (positions < self.stop.unsqueeze(-1))
+        return seen
 
 
 def read_row(
@@ -63,8 +94,7 @@ def attend(
     cache: TileCache,
     k_new: Tensor,
     v_new: Tensor,
-    new_visible: Tensor,
-    limit: Tensor | None,
+    visible: Visible,
     rotation: Tensor,
     sink_logits: Tensor | None,
     scale: float,
@@ -82,10 +112,8 @@ def attend(
         What is stored.
     k_new, v_new : Tensor
         `[B, H_kv, N, D]` tokens not in the cache; N may be 0.
-    new_visible : Tensor
-        `[B, S, N]` bool: which new tokens each query sees.
-    limit : Tensor or None
-        `[B, S]` int64: each query sees the cached tokens at positions below its limit; None: all.
+    visible : Visible
+        Which tokens each query sees.
     rotation : Tensor
         `[D, D]` Hadamard matrix.
     sink_logits : Tensor or None
@@ -104,22 +132,21 @@ def attend(
     rows = []
     for row in range(q.shape[0]):
         k, v = read_row(cache, row, config, rotation, shared)
-        stored_visible = torch.ones(q.shape[2], k.shape[1], dtype=torch.bool, device=k.device)
-        if limit is not None:
-            positions = torch.arange(k.shape[1], device=k.device)
-            stored_visible = positions < limit[row, :, None]
-        visible = torch.cat([stored_visible, new_visible[row]], dim=-1)
+        positions = torch.arange(k.shape[1], device=k.device)
+        stored = visible.of(positions)  # [T], or [B, S, T]
+        stored = stored[row] if stored.ndim == 3 else stored.expand(q.shape[2], -1)
+        seen = torch.cat([stored, visible.new[row]], dim=-1)
         k = torch.cat([k, k_new[row].float()], dim=1).repeat_interleave(group, dim=0)
         v = torch.cat([v, v_new[row].float()], dim=1).repeat_interleave(group, dim=0)
         scores = q[row].float() @ k.mT * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~visible, -torch.inf)
+        scores = scores.masked_fill(~seen, -torch.inf)
         if sink_logits is not None:
             column = sink_logits.float()[:, None, None].expand(-1, scores.shape[1], 1)
             scores = torch.cat([scores, column], dim=-1)
         weights = scores.softmax(dim=-1)[..., : k.shape[1]]
-        v = v.masked_fill(~visible.any(0)[:, None], 0.0)
-        seen = visible.any(-1, keepdim=True)
-        rows.append(torch.where(seen, weights.masked_fill(~visible, 0.0) @ v, 0.0))
+        v = v.masked_fill(~seen.any(0)[:, None], 0.0)
+        out = weights.masked_fill(~seen, 0.0) @ v
+        rows.append(torch.where(seen.any(-1, keepdim=True), out, 0.0))
     return torch.stack(rows).to(q.dtype)

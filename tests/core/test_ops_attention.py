@@ -189,3 +189,55 @@ def test_bad_input_raises_before_anything_is_stored(change, message) -> None:
         step(cache, rotation, config, **arguments, twin=False)
     for tensor, kept in zip(cache, before, strict=True):
         assert torch.equal(tensor, kept)
+
+
+@pytest.mark.parametrize("backend", ["aten", "reference"])
+@pytest.mark.parametrize(("count", "window"), [(1, 5), (1, 100), (1, 1000), (40, 17), (40, 90)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_sliding_window_against_float64(count, window, padded, backend) -> None:
+    """A query sees its own position and the `window - 1` before it, in cache and new tokens."""
+    config = KVarNConfig(**SMALL, tail_tokens=20)
+    lengths = [200, 33]
+    cache, rotation = filled_cache(config, lengths, "cpu", num_kv_heads=2, head_dim=64)
+    torch.manual_seed(1)
+    q, (k, v) = torch.randn(2, 4, count, 64), torch.randn(2, 2, 2, count, 64)
+    valid = torch.ones(2, count, dtype=torch.bool)
+    if padded and count > 1:
+        valid[0, ::3] = False
+    out = torch.ops.kvarn.step(
+        q, k, v, valid if padded else None, *cache, rotation, None, 0.125, 0.0, True,
+        config.to_string(), backend, window,
+    )[0]  # fmt: skip
+    for row, length in enumerate(lengths):
+        old_k, old_v = read_row(cache, row, config, rotation)
+        kept = valid[row]
+        keys = torch.cat([old_k, k[row][:, kept]], 1)
+        values = torch.cat([old_v, v[row][:, kept]], 1)
+        place = length + torch.arange(int(kept.sum()))[:, None]
+        other = torch.arange(keys.shape[1])
+        visible = (other <= place) & (other > place - window)
+        expected = float64_attention(q[row][:, kept], keys, values, visible, None, 0.0)
+        torch.testing.assert_close(out[row][:, kept].double(), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_empty_cache_with_a_window_shorter_than_the_prompt() -> None:
+    config = KVarNConfig(**SMALL)
+    cache, rotation = filled_cache(config, [0], "cpu", num_kv_heads=2, head_dim=64)
+    q, (k, v) = torch.randn(1, 4, 50, 64), torch.randn(2, 1, 2, 50, 64)
+    rest = (None, *cache, rotation, None, 0.125, 0.0, True, config.to_string())
+    fast = torch.ops.kvarn.step(q, k, v, *rest, "aten", 8)[0]
+    written_out = torch.ops.kvarn.step(q, k, v, *rest, "reference", 8)[0]
+    torch.testing.assert_close(fast, written_out, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(fast, torch.ops.kvarn.step(q, k, v, *rest, "aten")[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(("window", "causal"), [(-1, True), (8, False)])
+def test_window_that_makes_no_sense(window, causal) -> None:
+    config = KVarNConfig(**SMALL)
+    cache, rotation = filled_cache(config, [40], "cpu", num_kv_heads=2, head_dim=64)
+    q, (k, v) = torch.randn(1, 4, 1, 64), torch.randn(2, 1, 2, 1, 64)
+    before = [x.clone() for x in cache]
+    with pytest.raises(InputError, match="window"):
+        torch.ops.kvarn.step_(q, k, v, None, *cache, rotation, None, 0.125, 0.0, causal,
+                              config.to_string(), "aten", window)  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(before, cache, strict=True))

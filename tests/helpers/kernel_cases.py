@@ -30,12 +30,14 @@ class Problem(NamedTuple):
     sink_logits: Tensor | None
     softcap: float
     causal: bool
+    window: int = 0
 
     def step(self, backend: str) -> tuple[Tensor, TileCache]:
         """Output and cache after `kvarn::step`; the problem's own cache stays as it is."""
         out, *cache = torch.ops.kvarn.step(
             self.q, self.k, self.v, self.valid, *self.cache, self.rotation, self.sink_logits,
             self.q.shape[-1] ** -0.5, self.softcap, self.causal, self.config.to_string(), backend,
+            self.window,
         )  # fmt: skip
         return out, TileCache(*cache)
 
@@ -43,7 +45,7 @@ class Problem(NamedTuple):
         """Output of `kvarn::attention`: the cache alone."""
         return torch.ops.kvarn.attention(
             self.q, *self.cache, self.rotation, self.sink_logits, self.q.shape[-1] ** -0.5,
-            self.softcap, self.causal, self.config.to_string(), backend,
+            self.softcap, self.causal, self.config.to_string(), backend, self.window,
         )  # fmt: skip
 
 
@@ -60,6 +62,7 @@ def make_problem(
     sink_logits: bool = False,
     softcap: float = 0.0,
     causal: bool = True,
+    window: int = 0,
     **fields: Any,
 ) -> Problem:
     """Random rows of the given lengths; what a cache does not hold is poisoned."""
@@ -82,7 +85,7 @@ def make_problem(
 
     return Problem(
         config, TileCache(*(x.to(device) for x in cache)), rotation.to(device), there(q),
-        there(k), there(v), there(valid), there(logits), softcap, causal,
+        there(k), there(v), there(valid), there(logits), softcap, causal, window,
     )  # fmt: skip
 
 

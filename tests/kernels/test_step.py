@@ -32,6 +32,9 @@ CASES = {
     "draft": ("k4v2_g32", 64, [200, 0, 50], 5, {"heads": (6, 2)}),
     "chunk": ("k2v2_g32", 64, [200, 3], 70, {"softcap": 20.0}),
     "chunk_of_all": ("k4v2_g64", 96, [100, 0], 90, {"causal": False, "sink_logits": True}),
+    "window": ("k4v2_g32", 64, [250, 0, 90], 1, {"window": 70}),
+    "window_of_the_tail": ("k4v2_g32", 64, [250, 100], 5, {"window": 3}),
+    "window_and_chunk": ("k2v2_g32", 64, [200, 20], 60, {"window": 45, "tail_tokens": 10}),
     "unrotated": ("k4v2_g32", 64, [150], 33, {"rotate_keys": False, "rotate_values": False}),
 }
 
@@ -50,12 +53,13 @@ def test_step_equals_reference(name: str, device: torch.device) -> None:
         assert different <= TIES, field
 
 
-def test_padding_is_dropped(device: torch.device) -> None:
+@pytest.mark.parametrize("window", [0, 40])
+def test_padding_is_dropped(window: int, device: torch.device) -> None:
     valid = torch.ones(3, 50, dtype=torch.bool)
     valid[0, :30] = False
     valid[1] = False
     valid[2, 1::3] = False
-    problem = make_problem("k4v2_g32", 64, [120, 50, 0], 50, device, valid=valid)
+    problem = make_problem("k4v2_g32", 64, [120, 50, 0], 50, device, valid=valid, window=window)
     wanted, cache = problem.step("reference")
     found, kernel_cache = problem.step("triton")
     assert kernel_cache.seq_lens.tolist() == [140, 50, 33]
@@ -76,7 +80,10 @@ def test_rows_that_see_nothing_are_zero(device: torch.device) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("count", [1, 40])
 def test_attention_over_the_cache_alone(causal: bool, count: int, device: torch.device) -> None:
-    problem = make_problem("k4v2_g32", 64, [230, 12, 0], count, device, causal=causal)
+    window = 100 if causal else 0
+    problem = make_problem(
+        "k4v2_g32", 64, [230, 12, 0], count, device, causal=causal, window=window
+    )
     wanted, found = problem.attention("reference"), problem.attention("triton")
     assert relative_error(found, wanted) < OUTPUT_ERROR[torch.float32]
     assert (found[2] == 0).all()
