@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from transformers.cache_utils import Cache, StaticCache, StaticLayer
 from .. import dispatch
 from .._compat import is_compiling
 from ..config import DEFAULT_PRESET, KVarNConfig
-from ..errors import CacheError, InputError
+from ..errors import BackendError, CacheError, InputError
 from ..layout import CODE_FIELDS, SCALE_FIELDS, SINK_FIELDS, TAIL_FIELDS
 from . import stock
 from .fork import forked
 from .layer import KVarNLayer
 
 __all__ = ["KVarNCache"]
+
+_logger = logging.getLogger("kvarn_ops")
 
 
 class KVarNCache(Cache):
@@ -39,7 +42,8 @@ class KVarNCache(Cache):
     backend : {"auto", "reference", "aten", "triton"}
         Which implementation the ops use.
     device : torch.device or str, optional
-        Where the model is, to resolve `backend="auto"`.
+        Where the model is, to resolve `backend="auto"`. Default: the GPU if there is one; on a
+        CPU such a cache runs without kernels all the same.
     offload_tiles : bool
         Keep finished tiles in CPU memory and bring them to the device chunk by chunk. The device
         then holds sinks, tail and a few tiles, and decoding waits for the transfers. Such a cache
@@ -57,7 +61,7 @@ class KVarNCache(Cache):
         config: KVarNConfig | str = DEFAULT_PRESET,
         *,
         backend: str = "auto",
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         offload_tiles: bool = False,
         **config_overrides: Any,
     ) -> None:
@@ -72,7 +76,17 @@ class KVarNCache(Cache):
             )
         self.kvarn_config = KVarNConfig.coerce(config, **config_overrides)
         self.model_config = model_config
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         resolved = dispatch.resolve(backend, device)
+        if offload_tiles and resolved == "triton":
+            if backend == "triton":
+                raise BackendError(
+                    'backend="triton" does not read offloaded tiles: use "auto" or "aten", or '
+                    "leave the tiles on the GPU."
+                )
+            _logger.info("offloaded tiles are read by backend aten; kernels do not read them.")
+            resolved = "aten"
         rotations: dict[tuple[int, torch.device], Tensor] = {}
         stock = StaticCache(config=model_config, max_cache_len=max_cache_len)
         layers = [

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from .. import dispatch
 from .._compat import is_compiling, mark_static, query_count
 from ..config import KVarNConfig
 from ..errors import CacheError, UnsupportedModelError
@@ -128,6 +129,8 @@ class KVarNLayer(CacheLayerMixin):
         `high_water` `[B]` int64 is the most tokens that each row held (None: 0), for `crop`.
         """
         head_dim, device = tiles.k_tail.shape[-1], tiles.k_tail.device
+        if device.type == "cpu" and self.backend == "triton" and dispatch.traces_kernels():
+            self.backend = "aten"  # made where there is a GPU, used or moved elsewhere
         self.tiles, self.shared, self.frozen_tiles = tiles, shared, 0
         self.dtype, self.device, self.batch_size = tiles.k_tail.dtype, device, len(tiles.seq_lens)
         rotated = self.config.rotate_keys or self.config.rotate_values
