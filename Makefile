@@ -16,7 +16,7 @@ LINKS   := build/typecheck/kvarn_ops
 FOLDERS := kernels lowering export
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test lint format typecheck-tree versions release-check clean
+.PHONY: help install demo bench test kernels-full lint format typecheck-tree versions release-check clean
 
 help:
 	@echo "make demo      dense against KVarN on the model in examples/byte_model (DEMO_ARGS=...)"
@@ -24,6 +24,7 @@ help:
 	@echo "make test      all tests (PYTEST_ARGS=...)"
 	@echo "make lint      ruff and pyright"
 	@echo "make format    let ruff rewrite the sources"
+	@echo "make kernels-full  compile the kernels for all GPUs, presets and widths: about an hour"
 	@echo "make versions  the tests under other versions, and the README's table (VERSIONS_ARGS=...)"
 	@echo "make release-check  build dist/ and try it as a user gets it (docs/releasing.md)"
 	@echo "make clean     remove $(VENV) and everything generated"
@@ -49,6 +50,9 @@ bench: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+kernels-full: $(STAMP)
+	$(BIN)/python benchmarks/kernels_static.py --full
 
 lint: $(STAMP) typecheck-tree
 	$(BIN)/ruff check .

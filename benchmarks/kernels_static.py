@@ -9,6 +9,7 @@ Counts instructions, registers, spills and shared memory. Nothing is run: nothin
 from __future__ import annotations
 
 import argparse
+from datetime import datetime, timezone
 from pathlib import Path
 
 import triton
@@ -32,7 +33,12 @@ def main() -> None:
         rows = kernel_report.compile_kernels(archs, cases, on_done=lambda name: bar.update())
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / ("kernels_static_full.csv" if args.full else "kernels_static.csv")
-    write_rows(path, [row | {"triton": triton.__version__} for row in kernel_report.as_dicts(rows)])
+    made = {
+        "made by": "python benchmarks/kernels_static.py" + (" --full" if args.full else ""),
+        "triton": triton.__version__,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+    write_rows(path, kernel_report.as_dicts(rows), made)
     spilling = [row for row in rows if row.spill_bytes]
     print(f"{len(rows)} kernels, {len(spilling)} spill: {path}")
     for row in spilling:

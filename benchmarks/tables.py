@@ -1,4 +1,4 @@
-"""Write the tables of docs/benchmarks.md, docs/evaluation.md and README.md from the CSV files.
+"""Write the tables of docs/*.md and README.md from the CSV files.
 
     python benchmarks/tables.py           rewrite what stands between the markers
     python benchmarks/tables.py --check   exit code 1 if a page does not say what the CSV says
@@ -22,7 +22,12 @@ from kvarn_ops.tables import with_error
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 DOCS = HERE.parent / "docs"
-PAGES = [DOCS / "benchmarks.md", DOCS / "evaluation.md", HERE.parent / "README.md"]
+PAGES = [
+    DOCS / "benchmarks.md",
+    DOCS / "evaluation.md",
+    DOCS / "kernels.md",
+    HERE.parent / "README.md",
+]
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Rows = list[dict[str, str]]
 
@@ -232,6 +237,21 @@ ATTENTION, MODEL = "decode_attention_cpu.csv", "model_decode_cpu.csv"
 ENCODE, PEERS = "encode_cpu.csv", "demo_peers_cpu.csv"
 EVAL_TEXT = "eval_text_summary.csv"
 EVAL_CHASE, EVAL_LINES = "eval_chase_summary.csv", "eval_lines_summary.csv"
+
+
+def kernels_static(rows: Rows) -> str:
+    """One line per kernel and config, the architectures side by side."""
+    archs = list(dict.fromkeys(row["arch"] for row in rows))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        text = f"{row['registers']} · {row['spill_bytes']} · {int(row['shared_bytes']) / 1024:.0f}K"
+        if row["instructions_per_code"]:
+            text += f" · **{row['instructions_per_code']}**"
+        cells.setdefault((row["kernel"], row["config"]), {})[row["arch"]] = text
+    lines = [[*key, *(by.get(arch, "") for arch in archs)] for key, by in cells.items()]
+    return markdown(["kernel", "config", *archs], lines)
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "targets": ((ATTENTION, MODEL), targets),
     "decode-attention-picture": (
@@ -260,6 +280,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "eval-lines-outliers": ((EVAL_LINES,), evaluated.lines_outliers),
     "eval-accumulation": (("eval_attention_layers.csv",), evaluated.accumulation),
     "eval-variants": (("eval_variants_summary.csv",), evaluated.variants),
+    "kernels-static": (("kernels_static.csv",), kernels_static),
     "eval-tails": (
         tuple(f"eval_tail{tail}_summary.csv" for tail in (0, 32, 64, 128)),
         evaluated.tails,

@@ -33,7 +33,7 @@ def quiet():
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_the_backends_of_this_machine_pass(few_checks, backend):
-    result = invoke("--backend", backend, "--device", "cpu", "--no-compile")
+    result = invoke("--backend", backend, "--device", "cpu", "--no-compiled")
     assert result.exit_code == 0, result.output
     assert f"{2 * len(verify._CASES)} of {2 * len(verify._CASES)} checks passed" in " ".join(
         result.output.split()
@@ -52,7 +52,7 @@ def test_a_compiled_step_passes(monkeypatch, fresh_dynamo):
 def test_a_wrong_formula_fails_with_exit_code_1(few_checks, monkeypatch):
     right = attend.tile_scores
     monkeypatch.setattr(attend, "tile_scores", lambda *args: right(*args) * 1.01)
-    result = invoke("--device", "cpu", "--no-compile")
+    result = invoke("--device", "cpu", "--no-compiled")
     assert result.exit_code == 1
     assert "FAIL k4v4_g32 plus, head_dim 64, decode: outputs differ by" in result.output
     monkeypatch.undo()
@@ -61,7 +61,7 @@ def test_a_wrong_formula_fails_with_exit_code_1(few_checks, monkeypatch):
 def test_json_has_every_check_and_the_same_exit_code(few_checks, monkeypatch):
     monkeypatch.setattr(verify, "_CASES", verify._CASES[:1])
     monkeypatch.setattr(attend, "tile_output", lambda p, *rest: p.new_full((), torch.nan))
-    result = invoke("--device", "cpu", "--no-compile", "--json")
+    result = invoke("--device", "cpu", "--no-compiled", "--json")
     assert result.exit_code == 1
     report = json.loads(result.stdout)
     assert (report["backend"], report["device"], report["passed"]) == ("aten", "cpu", False)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvarn_ops import kernel_report
+from kvarn_ops.benchmark.results import read_rows
 from kvarn_ops.errors import BackendError, InputError
 
 
@@ -66,11 +67,8 @@ def test_decode_loop_stays_within_its_budget(rows: list[dict]) -> None:
 @pytest.mark.slow
 def test_committed_table_is_of_this_code(rows: list[dict], repo_root: Path) -> None:
     """Registers may move by a few with a release of Triton; more is a change worth a look."""
-    import csv
-
-    path = repo_root / "benchmarks" / "results" / "kernels_static.csv"
-    with path.open(newline="") as file:
-        committed = {(r["kernel"], r["config"], r["arch"]): r for r in csv.DictReader(file)}
+    table = read_rows(repo_root / "benchmarks" / "results" / "kernels_static.csv")
+    committed = {(r["kernel"], r["config"], r["arch"]): r for r in table}
     for row in rows:
         known = committed.get((row["kernel"], row["config"], row["arch"]))
         assert known is not None, f"{row}: run python benchmarks/kernels_static.py"
