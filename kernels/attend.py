@@ -1,6 +1,6 @@
 """Attention of a few query rows over one cache: partial softmaxes over slots, for `combine`.
 
-The first `DENSE_SLOTS` slots share what the cache holds in the model's dtype (sinks, tail) and the
+The first `dense_slots` slots share what the cache holds in the model's dtype (sinks, tail) and the
 new tokens; the others share the quantized tiles. Matrices are transposed, scores `[tokens, rows]`
 and outputs `[channels, rows]`, so that the few query rows are the small side of each product.
 """
@@ -13,18 +13,22 @@ import triton.language as tl
 from .attend_dense import attend_dense
 from .attend_tiles import attend_tiles
 
+# They change with the size of a cache and of a prompt: a binary serves all.
+_COUNTS = ["query_start", "new_tokens", "capacity", "head_tiles", "slots", "first_slot", "splits"]
+_COUNTS += ["dense_slots"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_COUNTS)
 def attend_kernel(
     q_ptr, rotated_ptr, unit_ptr,
     k_codes_ptr, k_affine_ptr, k_token_ptr, v_codes_ptr, v_affine_ptr, v_channel_ptr,
     k_sink_ptr, v_sink_ptr, k_tail_ptr, v_tail_ptr, k_new_ptr, v_new_ptr, rank_ptr,
     lengths_ptr, first_ptr, out_ptr, peak_ptr, total_ptr,
     score_scale, softcap, rows, queries, query_start, query_total, new_tokens, capacity, head_tiles,
-    slots, first_slot, copies,
+    slots, first_slot, copies, splits, dense_slots,
     HEADS: tl.constexpr, D: tl.constexpr, G: tl.constexpr, KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, LAG: tl.constexpr,
-    SPLITS: tl.constexpr, DENSE_SLOTS: tl.constexpr, STORED: tl.constexpr, N: tl.constexpr,
+    STORED: tl.constexpr, N: tl.constexpr,
     BLOCK_T: tl.constexpr, W_K: tl.constexpr, W_V: tl.constexpr, D_PAD: tl.constexpr,
     HAS_NEW: tl.constexpr, HAS_VALID: tl.constexpr, CAUSAL_NEW: tl.constexpr,
     LIMITED: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -49,8 +53,8 @@ def attend_kernel(
         Allocated tiles, and tiles from one KV head to the next. With `SHARED`, row b of the batch
         reads all `capacity` tiles of row `b // copies`.
     """
-    slot = tl.program_id(0)
-    head_index = tl.program_id(1).to(tl.int64)
+    head_index = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(1)
     batch = head_index // HEADS
     row = tl.program_id(2) * N + tl.arange(0, N)
     in_rows = row < rows
@@ -67,11 +71,11 @@ def attend_kernel(
             tl.int32
         )
 
-    if slot < DENSE_SLOTS:
+    if slot < dense_slots:
         peak, total, out = attend_dense(
             q_ptr, k_sink_ptr, v_sink_ptr, k_tail_ptr, v_tail_ptr, k_new_ptr, v_new_ptr, rank_ptr,
             head_index, batch, slot, length, row, in_rows, query, limit, lowest, rows, new_tokens,
-            score_scale, softcap, D, G, SINKS, RING, LAG, DENSE_SLOTS, STORED, N, BLOCK_T, D_PAD,
+            dense_slots, score_scale, softcap, D, G, SINKS, RING, LAG, STORED, N, BLOCK_T, D_PAD,
             HAS_NEW, HAS_VALID, CAUSAL_NEW, WINDOW, SOFTCAP, UPCAST,
         )  # fmt: skip
     else:
@@ -84,8 +88,8 @@ def attend_kernel(
         if WINDOW:  # tiles before it are not even read
             oldest = tl.min(tl.where(in_rows, lowest, 2147483647), axis=0)
             oldest = tl.minimum(tl.maximum(oldest - SINKS, 0) // G, tiles)
-        per_split = tl.cdiv(tiles - oldest, SPLITS)
-        start = oldest + (slot - DENSE_SLOTS) * per_split
+        per_split = tl.cdiv(tiles - oldest, splits)
+        start = oldest + (slot - dense_slots) * per_split
         stop = tl.minimum(start + per_split, tiles)
         peak, total, out = attend_tiles(
             rotated_ptr, unit_ptr, k_codes_ptr, k_affine_ptr, k_token_ptr, v_codes_ptr,

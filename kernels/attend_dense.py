@@ -28,6 +28,7 @@ def _dense_block(
     # A slot that is not held may hold anything, and 0 * NaN is NaN.
     readable = held[:, None] & (channel < D)[None, :]
     keys = tl.load(k_ptr + place, mask=readable, other=0.0)
+    q = q.to(keys.dtype)
     if UPCAST:
         keys, q = keys.to(tl.float32), q.to(tl.float32)
     scores = tl.dot(keys, q, input_precision="ieee") * score_scale
@@ -46,13 +47,13 @@ def _dense_block(
 def attend_dense(
     q_ptr, k_sink_ptr, v_sink_ptr, k_tail_ptr, v_tail_ptr, k_new_ptr, v_new_ptr, rank_ptr,
     head_index, batch, slot, length, row, in_rows, query, limit, lowest, rows, new_tokens,
-    score_scale, softcap,
+    dense_slots, score_scale, softcap,
     D: tl.constexpr, G: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, LAG: tl.constexpr,
-    DENSE_SLOTS: tl.constexpr, STORED: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr,
+    STORED: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr,
     D_PAD: tl.constexpr, HAS_NEW: tl.constexpr, HAS_VALID: tl.constexpr, CAUSAL_NEW: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Sinks, tail and new tokens, every `DENSE_SLOTS`-th block of each."""
+    """Sinks, tail and new tokens, every `dense_slots`-th block of each."""
     peak = tl.full((1, N), -float("inf"), tl.float32)
     total = tl.zeros((1, N), tl.float32)
     out = tl.zeros((D_PAD, N), tl.float32)
@@ -67,7 +68,7 @@ def attend_dense(
     held_tokens = length + STORED
     sink_blocks: tl.constexpr = (SINKS + BLOCK_T - 1) // BLOCK_T
     ring_blocks: tl.constexpr = (RING + BLOCK_T - 1) // BLOCK_T
-    for block in tl.range(slot, sink_blocks, DENSE_SLOTS, num_stages=1):
+    for block in tl.range(slot, sink_blocks, dense_slots, num_stages=1):
         index = block * BLOCK_T + token
         held = (index < SINKS) & (index < held_tokens)
         visible = held[:, None] & in_rows[None, :]
@@ -78,7 +79,7 @@ def attend_dense(
             score_scale, softcap, D, D_PAD, SOFTCAP, UPCAST,
         )  # fmt: skip
     newest = held_tokens - SINKS - 1
-    for block in tl.range(slot, ring_blocks, DENSE_SLOTS, num_stages=1):
+    for block in tl.range(slot, ring_blocks, dense_slots, num_stages=1):
         index = block * BLOCK_T + token
         # The newest position after the sinks that falls on this slot of the ring.
         age = (newest - index + RING) % RING
@@ -94,7 +95,7 @@ def attend_dense(
         )  # fmt: skip
     if HAS_NEW:
         rank = tl.zeros((BLOCK_T,), tl.int32)
-        for block in tl.range(slot, tl.cdiv(new_tokens, BLOCK_T), DENSE_SLOTS, num_stages=1):
+        for block in tl.range(slot, tl.cdiv(new_tokens, BLOCK_T), dense_slots, num_stages=1):
             index = block * BLOCK_T + token
             held = index < new_tokens
             if HAS_VALID:

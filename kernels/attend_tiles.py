@@ -14,9 +14,11 @@ import triton.language as tl
 from .codes import code_weights, planes, unpack
 from .softmax import LOG2E, softcapped
 
-# Operands are fp16 and carry 2**-code_shift (at least 2**-4): this factor keeps them normal.
+# A code counts 2**(shift - 24), and the other operand carries 2**-shift.
+TO_CODES = tl.constexpr(2.0**24)
+# Weights are small and share fp16 with token scales below 2**11; queries are of norm 1 and share it
+# with channel scales up to 2**13, and need no factor.
 HEADROOM = tl.constexpr(16.0)
-TO_CODES = tl.constexpr(2.0**20)  # what a product of such an operand and a code lacks
 
 
 @triton.jit
@@ -40,13 +42,13 @@ def attend_tiles(
     k_place = tl.arange(0, key_planes * W_K)
     channel = k_place // W_K * key_words + k_place % W_K
     has_channel = k_place % W_K < key_words
-    k_weight = code_weights(k_place, W_K, KEY_BITS) * HEADROOM
+    k_weight = code_weights(k_place, W_K, KEY_BITS)
     k_zero = 1.0 / (k_weight * TO_CODES)
     k_center = k_zero * ((2**KEY_BITS - 1) / 2)
     # V: words [D_PAD, W_V] hold tokens plane * W_V + word.
     value_row: tl.constexpr = G * VALUE_BITS // 8
     v_weight = code_weights(tl.arange(0, G), W_V, VALUE_BITS) * HEADROOM
-    v_zero = 1.0 / (v_weight * TO_CODES)
+    v_zero = 1.0 / (v_weight * (TO_CODES / HEADROOM))
     v_center = v_zero * ((2**VALUE_BITS - 1) / 2)
 
     token = tl.arange(0, G)
@@ -133,4 +135,4 @@ def attend_tiles(
         bias = tl.broadcast_to(bias, (D_PAD, N))
         part = tl.dot(unpack(words, high, VALUE_BITS, PTX), p_scaled, bias)
         out = out * shrink + part * channel_scale[:, None]
-    return peak, tl.sum(weights, axis=0, keep_dims=True), out * TO_CODES
+    return peak, tl.sum(weights, axis=0, keep_dims=True), out * (TO_CODES / HEADROOM)

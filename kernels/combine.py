@@ -11,22 +11,23 @@ import triton.language as tl
 from .softmax import LOG2E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "slots", "queries", "dense_slots"])
 def combine_kernel(
     part_ptr, peak_ptr, total_ptr, rotation_ptr, equalizer_ptr, sink_logits_ptr, out_ptr,
-    lengths_ptr, rows, slots, queries,
-    HEADS: tl.constexpr, D: tl.constexpr, DENSE_SLOTS: tl.constexpr, RATIO: tl.constexpr,
+    unit_ptr, lengths_ptr, rows, slots, queries, dense_slots,
+    HEADS: tl.constexpr, D: tl.constexpr, RATIO: tl.constexpr,
     ROTATE: tl.constexpr, HAS_SINK_LOGITS: tl.constexpr, COUNT: tl.constexpr, M: tl.constexpr,
     D_PAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`M` query rows of a KV head and `BLOCK_D` channels of the result.
 
     `part_ptr`, `peak_ptr`, `total_ptr` are what `attend_kernel` wrote; `out` is `[B, H, rows, D]`
-    in the model's dtype, zeros where nothing is seen; `sink_logits` `[H * RATIO]`. `COUNT` tokens
-    that `prepare` stored are added to `lengths` `[B]`.
+    in the model's dtype, zeros where nothing is seen; `sink_logits` `[H * RATIO]`. A row whose
+    `unit` `[B, H, rows]` is NaN becomes NaN: its cache is too small. `COUNT` tokens that `prepare`
+    stored are added to `lengths` `[B]`.
     """
-    row = tl.program_id(0) * M + tl.arange(0, M)
-    head_index = tl.program_id(1).to(tl.int64)
+    head_index = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * M + tl.arange(0, M)
     in_rows = row < rows
     own = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     channel = tl.arange(0, D_PAD)
@@ -54,7 +55,7 @@ def combine_kernel(
         peak = peak_new
         # Slots that saw nothing wrote no output.
         written = present & (peaks != -float("inf"))
-        is_dense = (slot < DENSE_SLOTS)[:, None]
+        is_dense = (slot < dense_slots)[:, None]
         at = place[:, :, None] * D
         own_part = tl.load(
             part_ptr + at + own[None, None, :],
@@ -64,7 +65,7 @@ def combine_kernel(
         dense = dense * shrink[:, None] + tl.sum(own_part * weight[:, :, None], axis=0)
         part = tl.load(
             part_ptr + at + channel[None, None, :],
-            mask=(written & (slot >= DENSE_SLOTS)[:, None])[:, :, None]
+            mask=(written & (slot >= dense_slots)[:, None])[:, :, None]
             & (channel < D)[None, None, :],
             other=0.0,
         )
@@ -83,12 +84,14 @@ def combine_kernel(
         back = tl.sum(tl.where(chosen[None, :, :], packed[:, None, :], 0.0), axis=2)
     power = tl.load(equalizer_ptr + head_index * D + own, mask=own < D, other=0.0)
     out = dense + back * tl.exp2(power.to(tl.float32))[None, :]
+    unit = tl.load(unit_ptr + head_index * rows + row, mask=in_rows, other=1.0)
+    total = tl.where(unit != unit, unit, total)
     # A NaN total stays one; nothing seen gives zeros.
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
     place = (head_index * rows + row)[:, None] * D + own[None, :]
     tl.store(out_ptr + place, out, mask=in_rows[:, None] & (own < D)[None, :])
     if COUNT > 0:
-        first_program = (tl.program_id(0) == 0) & (tl.program_id(2) == 0)
+        first_program = (tl.program_id(1) == 0) & (tl.program_id(2) == 0)
         if first_program & (head_index % HEADS == 0):
             old = tl.load(lengths_ptr + head_index // HEADS)
             tl.store(lengths_ptr + head_index // HEADS, old + COUNT)

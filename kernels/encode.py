@@ -13,7 +13,6 @@ from .codes import planes
 from .normalize import normalize
 from .quantize import gauged, quantize_keys, quantize_values
 from .tile import (
-    as_fp16,
     channel_table,
     channels,
     chunk_place,
@@ -63,7 +62,7 @@ def _equalizer(
     ring_ptr, new_ptr, in_ring, source, table,
     D: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
-    """Log2 of the factors `[CHUNKS, WIDTH]` of a row whose first tile this is."""
+    """Log2 of the factors `[CHUNKS, WIDTH]` of a row whose first tile this is: fp16, as int16."""
     G: tl.constexpr = in_ring.shape[0]
     peak = 0.0
     for c in range(0, CHUNKS):
@@ -90,9 +89,10 @@ def _equalizer(
     mean = tl.sum(tl.where(inside, loudness, 0.0)) / D
     factor = EQUALIZE_POWER * (loudness - mean)
     factor = tl.minimum(tl.maximum(factor, EQUALIZE_MIN), EQUALIZE_MAX)
-    factor = tl.where(loudest == -float("inf"), 0.0, as_fp16(factor))
-    # -0.0 means "made, factor 1"; 0.0 in a cache means "not made".
-    return tl.where(factor == 0.0, -0.0, factor)
+    factor = tl.where(loudest == -float("inf"), 0.0, factor).to(tl.float16)
+    # -0.0 means "made, factor 1"; 0.0 in a cache means "not made". By its bits: a literal -0.0 is
+    # compiled to 0.0.
+    return tl.where(factor == 0.0, -32768, factor.to(tl.int16, bitcast=True)).to(tl.int16)
 
 
 @triton.jit
@@ -116,14 +116,13 @@ def _encode(
     if MAKE_EQUALIZER:
         if tile_index == 0:
             table = channel_table(D, CHUNKS, WIDTH, 1)
-            held = tl.load(
-                powers_ptr.to(tl.pointer_type(tl.int16)) + table, mask=table < D, other=0
-            )
+            bits_ptr = powers_ptr.to(tl.pointer_type(tl.int16)) + table
+            held = tl.load(bits_ptr, mask=table < D, other=0)
             if tl.max(tl.abs(held.to(tl.int32))) == 0:
                 power = _equalizer(
                     ring_ptr, new_ptr, in_ring, source, table, D, CHUNKS, WIDTH, STORED
                 )
-                tl.store(powers_ptr + table, power.to(tl.float16), mask=table < D)
+                tl.store(bits_ptr, power, mask=table < D)
             tl.debug_barrier()
     if not EQUALIZER_ONLY:
         peak = 0.0
@@ -190,7 +189,7 @@ def _encode(
             tl.store(other_ptr + place * D + table, channel_scale, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["new_tokens", "capacity", "first_launch_tile", "scratch_size"])
 def encode_kernel(
     k_new_ptr, v_new_ptr, order_ptr, counts_ptr, rotation_ptr,
     k_codes_ptr, k_affine_ptr, k_token_ptr, v_codes_ptr, v_affine_ptr, v_channel_ptr,
@@ -218,7 +217,7 @@ def encode_kernel(
         Make the equalizer of a row whose first tile is finished. With several tiles it has to be
         a launch of its own, since all of them read it.
     """
-    head_index = tl.program_id(1).to(tl.int64)
+    head_index = tl.program_id(0).to(tl.int64)
     batch = head_index // HEADS
     count = new_tokens
     if HAS_VALID:
@@ -228,14 +227,14 @@ def encode_kernel(
     if not STORED:
         before = after
         after = before + count
-    tile_index = tl.maximum(before - SINKS - LAG, 0) // G + first_launch_tile + tl.program_id(0)
+    tile_index = tl.maximum(before - SINKS - LAG, 0) // G + first_launch_tile + tl.program_id(1)
     # Beyond the capacity nothing is written; `prepare` makes such a row's outputs NaN.
     stop = tl.minimum(tl.maximum(after - SINKS - LAG, 0) // G, capacity)
     if tile_index < stop:
         body_old = tl.maximum(before - SINKS, 0)
         skip = tl.maximum(SINKS - before, 0)
-        program = (tl.program_id(2) * tl.num_programs(1) + head_index) * tl.num_programs(0)
-        scratch = scratch_ptr + (program + tl.program_id(0)) * scratch_size
+        program = (tl.program_id(2) * tl.num_programs(0) + head_index) * tl.num_programs(1)
+        scratch = scratch_ptr + (program + tl.program_id(1)) * scratch_size
         if tl.program_id(2) == 0:
             _encode(
                 k_tail_ptr, k_new_ptr, order_ptr, rotation_ptr, k_equalizer_ptr,

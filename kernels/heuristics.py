@@ -106,9 +106,16 @@ def tuning_file(device_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_") + ".json"
 
 
+def tuning_key(
+    key_bits: int, value_bits: int, group_size: int, head_dim: int, block_rows: int
+) -> str:
+    """Name of a case in a tuning file; other numbers of rows want other settings."""
+    return f"k{key_bits}v{value_bits}_g{group_size}_d{head_dim}_r{block_rows}"
+
+
 @lru_cache(maxsize=8)
 def tuned(device_name: str) -> dict[str, dict[str, int]]:
-    """Settings of a device by `k4v2_d128`."""
+    """Settings of a device by `tuning_key`."""
     for folder in (tuning_dir(), _SHIPPED):
         path = folder / tuning_file(device_name)
         if path.is_file():
@@ -129,35 +136,40 @@ def trying(settings: dict[str, int]) -> Iterator[None]:
         _trial.pop()
 
 
+def block_rows(rows: int) -> int:
+    """Query rows per program."""
+    return min(_MOST_ROWS, max(8, triton.next_power_of_2(rows)))
+
+
 def attend_shape(
     device: torch.device, programs: int, rows: int, tiles: int, dense_tokens: int,
-    head_dim: int, key_bits: int, value_bits: int,
+    head_dim: int, group_size: int, key_bits: int, value_bits: int,
 ) -> AttendShape:  # fmt: skip
     """Shape for `programs` = batch x KV heads, each with `rows` query rows and `tiles` tiles."""
-    key = f"k{key_bits}v{value_bits}_d{head_dim}"
+    rows_together = block_rows(rows)
+    key = tuning_key(key_bits, value_bits, group_size, head_dim, rows_together)
     settings = _trial[-1] if _trial else tuned(describe(device).name).get(key, {})
-    block_rows = min(_MOST_ROWS, max(8, triton.next_power_of_2(rows)))
     # Registers hold a tile's words and the accumulators [G, rows] and [D, rows]. A wavefront of
     # AMD has 64 threads.
-    warps = block_rows // 4
+    warps = rows_together // 4
     if head_dim > 128:
         warps *= 2
     if max(key_bits, value_bits) == 8:
         warps *= 2
     warps = settings.get("warps", min(warps, 4 if describe(device).wavefront == 64 else 8))
-    block_tokens = settings.get("block_tokens", 32)
+    block_tokens = settings.get("block_tokens", 32 if head_dim <= 256 else 16)
     # One wave of programs: more would only write more partial results.
     slots = describe(device).multiprocessors * settings.get("programs_per_sm", 12 // warps)
-    share = max(1, slots // (programs * triton.cdiv(rows, block_rows)))
+    share = max(1, slots // (programs * triton.cdiv(rows, rows_together)))
     blocks = triton.cdiv(dense_tokens, block_tokens)
     dense_slots = max(1, min(blocks, share))
     return AttendShape(
-        rows=block_rows,
+        rows=rows_together,
         splits=max(1, min(tiles, share)),
         dense_slots=dense_slots,
         block_tokens=block_tokens,
         warps=warps,
-        stages=settings.get("stages", 2),
+        stages=settings.get("stages", 2 if head_dim <= 256 else 1),
     )
 
 

@@ -67,6 +67,10 @@ def attention(
     attended to there, and counted in `seq_lens` at the end.
     """
     queries = q.shape[2]
+    if not q.numel():
+        return torch.empty_like(q)
+    rotation = rotation.contiguous()
+    sink_logits = None if sink_logits is None else sink_logits.contiguous()
     outs = []
     for start in range(0, queries, _QUERIES_PER_LAUNCH):
         block = q[:, :, start : start + _QUERIES_PER_LAUNCH].contiguous()
@@ -91,12 +95,13 @@ def _attention_block(
     new_tokens = 0 if k_new is None or store else k_new.shape[2]
     shape = attend_shape(
         device, programs, rows, capacity, form.sinks + ring + new_tokens, head_dim,
-        form.key_bits, form.value_bits,
+        form.group_size, form.key_bits, form.value_bits,
     )  # fmt: skip
     shared_shape = None
     if shared is not None:
         shared_shape = attend_shape(
-            device, programs, rows, shared.k_codes.shape[2], 0, head_dim, form.key_bits,
+            device, programs, rows, shared.k_codes.shape[2], 0, head_dim,
+            form.group_size, form.key_bits,
             form.value_bits,
         )  # fmt: skip
     own_slots = shape.dense_slots + shape.splits
@@ -115,17 +120,17 @@ def _attention_block(
     pad = triton.next_power_of_2(head_dim)
 
     block_d = min(64, pad)
-    run(prepare_kernel)[(triton.cdiv(rows, 16), programs, triton.cdiv(head_dim, block_d))](
+    run(prepare_kernel)[(programs, triton.cdiv(rows, 16), triton.cdiv(head_dim, block_d))](
         q, rotation, cache.k_equalizer, rotated, unit, k_in, v_in, cache.k_sink, cache.v_sink,
         cache.k_tail, cache.v_tail, cache.seq_lens, rows, capacity,
         HEADS=heads, D=head_dim, G=form.group_size, SINKS=form.sinks, RING=ring, LAG=form.lag,
-        ROTATE=form.rotate_keys, STORE=store, M=16, BLOCK_D=block_d, BLOCK_K=32,
+        ROTATE=form.rotate_keys, STORE=int(store), M=16, BLOCK_D=block_d, BLOCK_K=32,
         PRECISION=precision, num_warps=4,
     )  # fmt: skip
 
     def attend(tiles: Any, shape: Any, capacity: int, dense_slots: int, first: int) -> None:
         is_shared = dense_slots == 0
-        grid = (dense_slots + shape.splits, programs, triton.cdiv(rows, shape.rows))
+        grid = (programs, dense_slots + shape.splits, triton.cdiv(rows, shape.rows))
         run(attend_kernel)[grid](
             q, rotated, unit, tiles.k_codes, tiles.k_channel_affine, tiles.k_token_scale,
             tiles.v_codes, tiles.v_token_affine, tiles.v_channel_scale,
@@ -134,10 +139,10 @@ def _attention_block(
             q if visible.first is None else visible.first, part, peak, weight,
             scale, softcap, rows, queries, start, total, new_tokens, capacity,
             tiles.k_codes.stride(1) // tiles.k_codes.stride(2), slots, first,
-            batch // tiles.k_codes.shape[0],
+            batch // tiles.k_codes.shape[0], shape.splits, dense_slots,
             HEADS=heads, D=head_dim, G=form.group_size, KEY_BITS=form.key_bits,
             VALUE_BITS=form.value_bits, SINKS=form.sinks, RING=ring, LAG=form.lag,
-            SPLITS=shape.splits, DENSE_SLOTS=dense_slots, STORED=int(store), N=shape.rows,
+            STORED=int(store), N=shape.rows,
             BLOCK_T=shape.block_tokens,
             W_K=triton.next_power_of_2(head_dim // planes(form.key_bits)),
             W_V=form.group_size // planes(form.value_bits), D_PAD=pad,
@@ -157,11 +162,12 @@ def _attention_block(
     many = rows >= 16 and head_dim <= 128
     block_d = 32 if head_dim <= 128 else 16
     run(combine_kernel)[
-        (triton.cdiv(rows, 16 if many else 1), programs, triton.cdiv(head_dim, block_d))
+        (programs, triton.cdiv(rows, 16 if many else 1), triton.cdiv(head_dim, block_d))
     ](
         part, peak, weight, rotation, cache.v_equalizer,
-        q if sink_logits is None else sink_logits, out, cache.seq_lens, rows, slots, queries,
-        HEADS=heads, D=head_dim, DENSE_SLOTS=shape.dense_slots, RATIO=ratio,
+        q if sink_logits is None else sink_logits, out, unit, cache.seq_lens, rows,
+        slots, queries, shape.dense_slots,
+        HEADS=heads, D=head_dim, RATIO=ratio,
         ROTATE=form.rotate_values, HAS_SINK_LOGITS=sink_logits is not None, COUNT=int(store),
         M=16 if many else 1, D_PAD=pad, BLOCK_D=block_d, BLOCK_S=1 if many else 16,
         PRECISION=precision, num_warps=4,
@@ -175,16 +181,17 @@ def append(
 ) -> None:  # fmt: skip
     """Quantize the tiles that `k`, `v` `[B, H, S, D]` finish, then store and count the tokens."""
     batch, heads, count, head_dim = k.shape
-    if not count:
+    if not k.numel():
         return
     counts = order = rank = None
     if valid is not None:
         counts = valid.sum(-1)
+        valid = valid.contiguous()
         order = torch.argsort(~valid, dim=-1, stable=True).to(torch.int32)
         rank = _ranks(valid)
     encode(k, v, order, counts, cache, rotation, form, stored=False, run=run)
     block = min(16, triton.next_power_of_2(count))
-    run(store_kernel)[(triton.cdiv(count, block), batch * heads)](
+    run(store_kernel)[(batch * heads, triton.cdiv(count, block))](
         k, v, k if rank is None else rank, cache.seq_lens if counts is None else counts,
         cache.k_sink, cache.v_sink, cache.k_tail, cache.v_tail, cache.seq_lens, count,
         HEADS=heads, D=head_dim, SINKS=form.sinks, RING=cache.k_tail.shape[2],
@@ -201,7 +208,7 @@ def encode(
     """Quantize finished tiles; `stored` tokens are in the tail and counted already."""
     batch, heads, count, head_dim = k.shape
     tiles = triton.cdiv(count, form.group_size)
-    alone = tiles == 1
+    alone, rotation = tiles == 1, rotation.contiguous()
     # Keys and values of one launch share the shape; keys need all planes of a word in a chunk.
     shape = encode_shape(k.device, head_dim, planes(form.key_bits))
     scratch_size = shape.chunks * form.group_size * shape.width
@@ -211,7 +218,7 @@ def encode(
     )
 
     def launch(first: int, programs: int, make: bool, only: bool) -> None:
-        run(encode_kernel)[(programs, batch * heads, 2)](
+        run(encode_kernel)[(batch * heads, programs, 2)](
             k, v, k if order is None else order, cache.seq_lens if counts is None else counts,
             rotation, cache.k_codes, cache.k_channel_affine, cache.k_token_scale, cache.v_codes,
             cache.v_token_affine, cache.v_channel_scale, cache.k_tail, cache.v_tail,
@@ -223,6 +230,7 @@ def encode(
             ROTATE_VALUES=form.rotate_values, MAKE_EQUALIZER=make, EQUALIZER_ONLY=only,
             HAS_VALID=order is not None, STORED=stored, CHUNKS=shape.chunks, WIDTH=shape.width,
             BLOCK_K=shape.block_k, PRECISION=_precision(k.device), num_warps=shape.warps,
+            num_stages=1,
         )  # fmt: skip
 
     if form.plus and not alone:
@@ -280,7 +288,7 @@ def _evenly_spaced(tiles: Any) -> Any:
 
 def _ranks(valid: Tensor) -> Tensor:
     """Number of valid tokens of the row before each one, -1 for padding, int32."""
-    return (valid.cumsum(-1) - 1).masked_fill(~valid, -1).to(torch.int32)
+    return (valid.cumsum(-1) - 1).masked_fill(~valid, -1).to(torch.int32).contiguous()
 
 
 def _precision(device: torch.device) -> str:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "capacity"])
 def prepare_kernel(
     q_ptr, rotation_ptr, equalizer_ptr, rotated_ptr, unit_ptr,
     k_ptr, v_ptr, k_sink_ptr, v_sink_ptr, k_tail_ptr, v_tail_ptr, lengths_ptr, rows, capacity,
@@ -22,11 +22,11 @@ def prepare_kernel(
 
     `q` and `rotated` are `[B, H, rows, D]`, `unit` `[B, H, rows]` fp32. With `STORE`, `k_ptr` and
     `v_ptr` `[B, H, 1, D]` go to the position `lengths` `[B]`, which is left as it is: attention
-    reads it, and `combine` counts the token. If it would finish a tile beyond `capacity`, `unit` is
-    NaN, and so are the outputs.
+    reads it, and `combine` counts the token. Where a row has more tiles than `capacity`, `unit` is
+    NaN, and `combine` makes its outputs NaN.
     """
-    head_index = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * M + tl.arange(0, M)
+    head_index = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * M + tl.arange(0, M)
     start = tl.program_id(2) * BLOCK_D
     place = (head_index * rows + row)[:, None] * D
     channel = start + tl.arange(0, BLOCK_D)
@@ -56,16 +56,15 @@ def prepare_kernel(
     norm = tl.sqrt(square)
     usable = (norm > 0.0) & (norm < float("inf"))
     unit = tl.exp2(tl.ceil(tl.log2(tl.where(usable, norm, 1.0))))
-    if STORE:
-        length = tl.load(lengths_ptr + head_index // HEADS).to(tl.int32)
-        full = (length + 1 - SINKS - LAG) // G > capacity
-        unit = tl.where(full, float("nan"), unit)
+    length = tl.load(lengths_ptr + head_index // HEADS).to(tl.int32)
+    full = (length + STORE - SINKS - LAG) // G > capacity
+    unit = tl.where(full, float("nan"), unit)
     writable = (row < rows)[:, None] & (channel < D)[None, :]
     tl.store(rotated_ptr + place + channel[None, :], out / unit[:, None], mask=writable)
     tl.store(unit_ptr + head_index * rows + row, unit, mask=(row < rows) & (start == 0))
 
     if STORE:
-        if tl.program_id(0) == 0:
+        if tl.program_id(1) == 0:
             inside = channel < D
             source = head_index * D + channel
             k_value = tl.load(k_ptr + source, mask=inside)

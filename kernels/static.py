@@ -105,7 +105,9 @@ def compile_launch(launch: Launch, arch: str) -> Binary:
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
         else:
-            signature[name], aligned = "i32", value % 16 == 0 and value > 0
+            signature[name] = "i32"
+            aligned = value % 16 == 0 and value > 0
+            aligned = aligned and name not in launch.kernel.do_not_specialize
         if aligned:
             attributes[index,] = [["tt.divisibility", 16]]
     source = ASTSource(

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["new_tokens"])
 def store_kernel(
     k_ptr, v_ptr, rank_ptr, counts_ptr, k_sink_ptr, v_sink_ptr, k_tail_ptr, v_tail_ptr,
     lengths_ptr, new_tokens,
@@ -19,10 +19,10 @@ def store_kernel(
     before each one, -1 for padding, `counts` `[B]` int64 all of them (`HAS_VALID`). `lengths`
     `[B]` are those before; the caller adds to them afterwards.
     """
-    head_index = tl.program_id(1).to(tl.int64)
+    head_index = tl.program_id(0).to(tl.int64)
     batch = head_index // HEADS
     length = tl.load(lengths_ptr + batch).to(tl.int32)
-    index = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    index = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = index < new_tokens
     rank, count = index, new_tokens
     if HAS_VALID:

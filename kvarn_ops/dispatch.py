@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +34,7 @@ __all__ = [
     "step",
     "traces_kernels",
     "trying",
+    "tuning_key",
     "tuning_path",
 ]
 
@@ -100,7 +101,9 @@ def _obstacle(device: torch.device) -> str:
         return ""
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "kernels need compute capability 8.0 or newer"
-    if not _kernels().multiplies_codes(device):
+    with _on(device):
+        multiplies = _kernels().multiplies_codes(device)
+    if not multiplies:
         return "its matrix units do not multiply subnormal fp16 numbers exactly"
     return ""
 
@@ -132,7 +135,8 @@ def append(
     config: KVarNConfig,
 ) -> None:
     """`kvarn::append_` by kernels."""
-    _kernels().append(k.contiguous(), v.contiguous(), valid, cache, rotation, _format(config))
+    with _on(k.device):
+        _kernels().append(k.contiguous(), v.contiguous(), valid, cache, rotation, _format(config))
 
 
 def attention(
@@ -149,9 +153,11 @@ def attention(
     """`kvarn::attention` by kernels; `first` `[B, S]` int64 are the first visible positions."""
     kernels = _kernels()
     visible = kernels.Visible(causal, causal and q.shape[2] > 1, None, first)
-    return kernels.attention(
-        q, cache, None, None, None, visible, rotation, sink_logits, scale, softcap, _format(config)
-    )
+    with _on(q.device):
+        return kernels.attention(
+            q, cache, None, None, None, visible, rotation, sink_logits, scale, softcap,
+            _format(config),
+        )  # fmt: skip
 
 
 def step(
@@ -173,10 +179,16 @@ def step(
 ) -> Tensor:
     """`kvarn::step_` by kernels; `traced`: each becomes a node of the graph being traced."""
     run: dict[str, Any] = {"run": torch.library.wrap_triton} if traced else {}
-    return _kernels().step(
-        q, k, v, valid, cache, shared, rotation, sink_logits, scale, softcap, causal,
-        _format(config), window, **run,
-    )  # fmt: skip
+    with nullcontext() if traced else _on(q.device):  # compiled code sets the device itself
+        return _kernels().step(
+            q, k, v, valid, cache, shared, rotation, sink_logits, scale, softcap, causal,
+            _format(config), window, **run,
+        )  # fmt: skip
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which may be another than that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _kernels() -> ModuleType:
@@ -206,6 +218,16 @@ def tuning_path(device: torch.device, folder: Path | None = None) -> Path:
 
     name = heuristics.tuning_file(heuristics.describe(device).name)
     return (folder or heuristics.tuning_dir()) / name
+
+
+def tuning_key(config: KVarNConfig, head_dim: int, ratio: int) -> str:
+    """Name in a tuning file of decode steps with `ratio` query heads per KV head."""
+    from .kernels import heuristics
+
+    return heuristics.tuning_key(
+        config.key_bits, config.value_bits, config.group_size, head_dim,
+        heuristics.block_rows(ratio),
+    )  # fmt: skip
 
 
 def trying(settings: dict[str, int]) -> AbstractContextManager[None]:

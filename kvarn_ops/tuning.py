@@ -79,7 +79,8 @@ def tune(
                 DecodeStep(config, Shape.parse(batch, heads, head_dim), context, device, _eager)
                 for batch, context in problems
             ]
-            name = f"k{config.key_bits}v{config.value_bits}_d{head_dim}"
+            ratio = steps[0].shape.q_heads // steps[0].shape.kv_heads
+            name = dispatch.tuning_key(config, head_dim, ratio)
             settings[name] = _best(name, steps, rounds, device, on_trial)
             part = path.with_suffix(".part")
             part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

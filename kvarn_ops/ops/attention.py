@@ -29,6 +29,7 @@ from .validate import (
     check_new_tokens,
     check_shared,
     check_window,
+    waits,
 )
 
 __all__ = ["attention", "step", "step_", "step_shared", "step_shared_"]
@@ -91,12 +92,12 @@ def _step(
     check_new_tokens(k, v, valid, cache, config)
     check_attention(q, cache, sinks)
     if shared is not None:
-        check_shared(shared, cache, config)
+        check_shared(shared, cache, config, k.shape[2])
     if backend == "triton":
         check_for_kernels(cache, k, v, config)
     plain = softcap == 0 and sinks is None and q.dtype == k.dtype and shared is None
     plain = plain and causal and backend != "reference"
-    if plain and not _is_step(backend, k, valid) and not bool(cache.seq_lens.any()):
+    if plain and _may_look(backend, cache, k) and not bool(cache.seq_lens.any()):
         seen = None
         if valid is not None or 0 < window < k.shape[2]:
             seen = _new_visible(q, k, valid, causal, window)
@@ -117,9 +118,9 @@ def _step(
     return out.contiguous()  # SDPA returns a transposed view on CPU
 
 
-def _is_step(backend: str, k: Tensor, valid: Tensor | None) -> bool:
-    """A decode step by kernels, which never waits for the device."""
-    return backend == "triton" and k.shape[2] == 1 and valid is None
+def _may_look(backend: str, cache: TileCache, k: Tensor) -> bool:
+    """Whether the lengths may be read to see if this is a prompt: kernels never wait in a step."""
+    return backend != "triton" or (k.shape[2] > 1 and waits(cache, k.shape[2]))
 
 
 def _ranks(k: Tensor, valid: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ __all__ = [
     "check_shared",
     "check_tiles",
     "check_window",
+    "waits",
 ]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -85,7 +86,7 @@ def check_attention(q: Tensor, cache: TileCache, sink_logits: Tensor | None) -> 
         )
 
 
-def check_shared(shared: PackedTiles, cache: TileCache, config: KVarNConfig) -> None:
+def check_shared(shared: PackedTiles, cache: TileCache, config: KVarNConfig, tokens: int) -> None:
     """Shared tiles have the cache's geometry, and its rows are whole copies of their rows."""
     for name, tensor in zip(PackedTiles._fields, shared, strict=True):
         own = getattr(cache, name)
@@ -97,7 +98,7 @@ def check_shared(shared: PackedTiles, cache: TileCache, config: KVarNConfig) -> 
     rows, sources = cache.k_tail.shape[0], shared.k_codes.shape[0]
     if not sources or rows % sources:
         raise InputError(f"{rows} rows cannot share the tiles of {sources}: give a multiple.")
-    if int(cache.seq_lens.min()) < config.num_sink_tokens:
+    if waits(cache, tokens) and int(cache.seq_lens.min()) < config.num_sink_tokens:
         raise InputError("a row with shared tiles holds all its sinks: seq_lens is too small.")
 
 
@@ -125,7 +126,7 @@ def check_for_kernels(cache: TileCache, k: Tensor, v: Tensor, config: KVarNConfi
     """What Triton kernels cannot check themselves, as far as it costs no synchronization.
 
     A decode step on a GPU is not checked for room, and neither is a graph that is being captured:
-    a token too many makes the row's outputs NaN there, and nothing else is touched.
+    tokens too many make the row's outputs NaN there, and nothing else is touched.
     """
     if cache.k_codes.device != k.device:
         raise InputError(
@@ -135,9 +136,18 @@ def check_for_kernels(cache: TileCache, k: Tensor, v: Tensor, config: KVarNConfi
     if config.check_finite:
         refuse_nonfinite(k)
         refuse_nonfinite(v)
-    if k.is_cuda and (k.shape[2] == 1 or torch.cuda.is_current_stream_capturing()):
-        return
-    check_capacity(cache, int(cache.seq_lens.max()) + k.shape[2], config)
+    for name, tensor in zip(TileCache._fields, cache, strict=True):
+        if not tensor.is_contiguous():
+            raise InputError(f"{name} is not contiguous: kernels write to whole caches only.")
+    if waits(cache, k.shape[2]):
+        check_capacity(cache, int(cache.seq_lens.max()) + k.shape[2], config)
+
+
+def waits(cache: TileCache, tokens: int) -> bool:
+    """Whether values may be read on the host: not in a GPU's decode step, nor while capturing."""
+    if not cache.seq_lens.is_cuda:
+        return True
+    return tokens > 1 and not torch.cuda.is_current_stream_capturing()
 
 
 def _check_dtype(name: str, x: Tensor) -> None:

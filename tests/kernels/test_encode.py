@@ -164,3 +164,14 @@ def test_most_tiles_that_new_tokens_finish(device: torch.device) -> None:
     made = append("triton", cache, k[:, :, 31:], v[:, :, 31:], config, device)
     reference = equalized(empty_cache(config, 1, 32, torch.float32), made)
     assert_same_tiles(made, append("reference", reference, k, v, config, device))
+
+
+def test_equalizer_of_a_silent_tile_counts_as_made(device: torch.device) -> None:
+    """Its factors are 1, stored as -0.0: a fork must not make its own from a later tile."""
+    config = KVarNConfig.from_preset("k4v4_g32", num_sink_tokens=0)
+    k, v = torch.zeros(1, HEADS, 32, 32), torch.ones(1, HEADS, 32, 32)
+    cache = empty_cache(config, 1, 32, torch.float32)
+    made, wanted = (append(name, cache, k, v, config, device) for name in ("triton", "reference"))
+    for field in EQUALIZERS:
+        assert share_of_different(getattr(made, field), getattr(wanted, field)) == 0, field
+        assert getattr(made, field).signbit().all()

@@ -7,6 +7,7 @@ import torch
 
 from kernel_cases import CODES, DENSE, make_problem, relative_error, share_of_different
 from kvarn_ops.errors import CacheError, InputError
+from kvarn_ops.ops import validate
 from kvarn_ops.ops.samples import sample_inputs
 from kvarn_ops.ops.validate import check_for_kernels
 
@@ -151,3 +152,54 @@ def test_ops_pass_opcheck(name: str, device: torch.device) -> None:
     for args, kwargs in samples if device.type == "cuda" else samples[:1]:  # slow if interpreted
         changed = ("triton" if isinstance(x, str) and x == "aten" else x for x in args)
         torch.library.opcheck(op, tuple(changed), kwargs)
+
+
+def test_inputs_may_be_views(device: torch.device) -> None:
+    """Kernels address contiguous memory: masks, logits and rotations that are not give the same."""
+    valid = torch.ones(40, 2, dtype=torch.bool).t()
+    valid[0, :25] = False
+    problem = make_problem("k4v2_g32", 64, [100, 40], 40, device, valid=valid, sink_logits=True)
+    wanted, cache = problem.step("triton")
+    logits = torch.stack([problem.sink_logits, problem.sink_logits + 9], dim=1)
+    views = problem._replace(
+        valid=problem.valid.t().contiguous().t(),
+        sink_logits=logits[:, 0],
+        rotation=problem.rotation.t().contiguous().t(),
+        q=problem.q.transpose(1, 2).contiguous().transpose(1, 2),
+        k=problem.k.transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    assert not views.valid.is_contiguous()
+    found, view_cache = views.step("triton")
+    assert torch.equal(found, wanted)
+    for field in (*DENSE, *CODES):
+        assert share_of_different(getattr(view_cache, field), getattr(cache, field)) == 0, field
+
+
+def test_queries_of_another_dtype(device: torch.device) -> None:
+    problem = make_problem("k4v2_g32", 64, [100], 1, device, dtype=torch.float16)
+    problem = problem._replace(q=problem.q.float())
+    wanted, found = problem.step("reference")[0], problem.step("triton")[0]
+    assert found.dtype == torch.float32
+    assert relative_error(found, wanted) < OUTPUT_ERROR[torch.float16]
+
+
+def test_no_queries(device: torch.device) -> None:
+    problem = make_problem("k4v2_g32", 64, [100], 0, device)
+    out, cache = problem.step("triton")
+    assert out.shape == problem.q.shape
+    assert cache.seq_lens.tolist() == [100]
+
+
+@pytest.mark.parametrize("window", [0, 8])
+def test_outputs_of_an_overfull_cache_are_nan(
+    window: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing may wait for the device, as in a captured graph, no check raises."""
+    monkeypatch.setattr(validate, "waits", lambda cache, tokens: False)
+    problem = make_problem("k4v2_g32", 64, [200, 40], 1, device, window=window)
+    tiles = problem.cache.k_codes.shape[2]
+    problem.cache.seq_lens[0] = 32 + 32 * tiles + 31
+    found, cache = problem.step("triton")
+    assert found[0].isnan().all()
+    assert found[1].isfinite().all()
+    assert problem._replace(cache=cache).attention("triton")[0].isnan().all()

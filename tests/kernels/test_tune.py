@@ -24,10 +24,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     dispatch.forget_tuning()
 
 
-def shape(device: torch.device, head_dim: int = 64):
+def shape(device: torch.device, head_dim: int = 64, rows: int = 2):
     from kvarn_ops.kernels.heuristics import attend_shape
 
-    return attend_shape(device, 4, 4, 100, 64, head_dim, 4, 2)
+    return attend_shape(device, 4, rows, 100, 64, head_dim, 32, 4, 2)
 
 
 def test_the_fastest_setting_is_kept_and_used(
@@ -50,10 +50,11 @@ def test_the_fastest_setting_is_kept_and_used(
     monkeypatch.setattr(tuning, "_time", pretend)
     path = tuning.tune([CONFIG], [64], "4/2", [(1, 100), (2, 200)], device)
     assert path.parent == folder
-    assert json.loads(path.read_text()) == {"k4v2_d64": {"block_tokens": 16}}
+    assert json.loads(path.read_text()) == {"k4v2_g32_d64_r8": {"block_tokens": 16}}
     assert len(tried) == 2 * 4
     assert shape(device).block_tokens == 16
     assert shape(device, 128).block_tokens == rule.block_tokens
+    assert shape(device, rows=16).block_tokens == rule.block_tokens, "measured with 8 rows only"
     path.unlink()
     dispatch.forget_tuning()
     assert shape(device) == rule
@@ -72,7 +73,7 @@ def test_command_measures_and_says_where_it_wrote(
     assert done.exit_code == 0, done.output
     written = json.loads(dispatch.tuning_path(device).read_text())
     assert written["k2v2_d32"] == {"warps": 1}, "cases of an earlier run stay"
-    assert "k4v2_d32" in written
+    assert "k4v2_g32_d32_r8" in written
 
 
 def test_nothing_to_tune_without_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
