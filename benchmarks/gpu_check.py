@@ -184,7 +184,7 @@ def start_compiling(run: Run, stages: list[str]) -> list[subprocess.Popen[bytes]
     """Call what later stages call once, on half of the cores: tests have the others."""
     wanted = [stage for stage in COMPILED if stage in stages]
     cores = max(len(wanted), (os.cpu_count() or 2) // 2)
-    parts = {"model": 2, "smallest": max(1, cores // 4)}
+    parts = {"model": 3, "smallest": max(1, cores // 4)}
     parts["attention"] = max(1, cores - sum(parts[s] for s in wanted if s != "attention"))
     seconds = run.share("tests", stages) if "tests" in stages else 60.0
     return [
@@ -217,10 +217,9 @@ def run_stage(run: Run, stage: str, seconds: float) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         more = ["--report", str(report)]
-        for attempt in range(1 + RESTARTS):
+        for _ in range(1 + RESTARTS):
             left = until - time.monotonic()
-            resume = ["--resume"] * bool(attempt)
-            process = run.start(*run.stage_command(stage, left, *more, *resume))
+            process = run.start(*run.stage_command(stage, left, *more))
             status = wait(process, max(1.0, left) + GRACE)
             state = json.loads(report.read_text()) if report.is_file() else {}
             report.unlink(missing_ok=True)
@@ -235,9 +234,12 @@ def run_stage(run: Run, stage: str, seconds: float) -> Outcome:
                 outcome.outcome = "failed"
             if status and not state:
                 outcome.errors.append(f"exit status {status}: see the end of gpu_check.log")
-            crashed = status is not None and (status == DEVICE_LOST or status < 0)
+            crashed = status == DEVICE_LOST or (status is not None and status < 0)
             if not crashed or until - time.monotonic() < GRACE:
                 break
+            if status is not None and status < 0:  # killed by a signal, which leaves no row behind
+                outcome.errors.append(f"{state.get('now', '?')}: signal {-status}")
+            more = ["--report", str(report), "--resume", "--skip", state.get("now", "")]
     return outcome
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from gpu_caches import fill_randomly
 from gpu_stage import Stage
 
@@ -49,6 +50,22 @@ def make_model(fields: dict[str, Any], device: torch.device) -> Any:
 def shared_copy(model: Any) -> Any:
     """The same weights in another model object: a patch belongs to one object."""
     return copy.deepcopy(model, {id(x): x for x in model.parameters()})
+
+
+def unmasked_attention() -> str:
+    """The name, for transformers, of SDPA for one query per row over all slots of a cache."""
+    from transformers import AttentionInterface
+
+    def attend(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any,
+        scaling: float | None = None, **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        rows = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
+        out = F.scaled_dot_product_attention(rows, key, value, scale=scaling)
+        return out.reshape(query.shape).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("unmasked", attend)
+    return "unmasked"
 
 
 def dense_cache(

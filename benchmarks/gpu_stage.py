@@ -72,6 +72,8 @@ class Stage:
         self._columns: Sequence[str] = module.COLUMNS
         self._report: Path | None = options.report
         self._last = 0.0
+        self._skipped: list[str] = options.skip
+        self._now = ""
         self.left_out: list[str] = []
         self.errors: list[str] = []
         self.headline = ""
@@ -98,10 +100,14 @@ class Stage:
                 continue
             if self._results and self._results.has(keys | self._around):
                 continue
+            if label(keys) in self._skipped:
+                continue
             if self.seconds_left() < self._last:
                 self.leave_out(*(label(other) for other, _ in cases[index:]))
                 return
             begun = time.monotonic()
+            self._now = label(keys)
+            self.save()
             yield keys, case
             self._last = time.monotonic() - begun
             print(f"{self.name}: {label(keys)}, {self._last:.1f} s", flush=True)
@@ -143,7 +149,7 @@ class Stage:
         if self._report is None:
             return
         state = {"headline": self.headline, "rows": len(self.rows), "errors": self.errors,
-                 "left_out": self.left_out}  # fmt: skip
+                 "left_out": self.left_out, "now": self._now}  # fmt: skip
         self._report.write_text(json.dumps(state))
 
     def check_alive(self) -> None:
@@ -180,6 +186,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--warm", metavar="PART/PARTS")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--skip", action="append", default=[], help="a case that killed a process")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     if options.dry_run:  # read when a kernel is defined, hence before anything imports them
@@ -202,4 +209,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.modules["gpu_stage"] = sys.modules[__name__]  # stages import it: one `DeviceLost`, not two
     sys.exit(main())

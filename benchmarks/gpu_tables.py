@@ -16,7 +16,7 @@ SHOWN = {
     "correctness": ("preset", "head_dim", "lengths", "codes_differ", "scales", "step", "chunk",
                     "attention", "within", "error"),
     "model": ("measure", "cache", "form", "batch", "context", "layers", "tokens_per_s", "ratio",
-              "value", "confirmed", "error"),
+              "ratio_to_dense", "value", "confirmed", "error"),
     "smallest": ("batch", "context", "settings", "splits", "us", "rule_us", "ratio", "error"),
 }  # fmt: skip
 MOST_ROWS = 16

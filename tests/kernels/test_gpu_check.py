@@ -79,7 +79,7 @@ def stage(folder: Path, seconds: float, resume: bool = False) -> Any:
 
     options = argparse.Namespace(
         stage="copy", dry_run=True, warm=None, layers=1, seconds=seconds, out=folder,
-        report=folder / "report.json", command="test", resume=resume,
+        report=folder / "report.json", command="test", resume=resume, skip=[],
     )  # fmt: skip
     module = SimpleNamespace(KEYS=("kind",), COLUMNS=("gb_per_s", "error"))
     return gpu_stage.Stage(options, module)
