@@ -1,17 +1,13 @@
 """Stage `smallest`: a sweep of `attend_kernel`'s settings: is the rule for them near the best?
 
-Settings reach the kernels the way a tuning file does (`KVARN_OPS_TUNING_DIR`). Each row is one
+Settings reach the kernels as in `kvarn-ops tune`, whose file is not read. Each row is one
 setting, timed in turn with the rule; `ratio = rule / this`, above 1 this one is faster. First every
 number alone is moved away from the rule, then the grid around it is filled.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,50 +61,45 @@ def run(stage: Stage) -> str:
         keys = {"preset": preset, **vars(shape), "context": context, "settings": text}
         listed.append((keys, (shape, context, one)))
     prepared: dict[Shape, tuple[torch.Tensor, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["KVARN_OPS_TUNING_DIR"] = folder
-        for keys, (shape, context, one) in stage.each(listed):
-            if shape not in prepared:
-                copies = stage.clock.copies(stored_bytes(config, shape, context))
-                caches = random_caches(config, shape, context, stage.device, copies)
-                place: dict[str, Any] = {"dtype": torch.bfloat16, "device": stage.device}
-                q = torch.randn(shape.batch, shape.q_heads, 1, shape.head_dim, **place)
-                prepared[shape] = q, caches
-            with stage.guarded(keys):
-                measure(stage, keys, config, shape, context, one, *prepared[shape], Path(folder))
+    for keys, (shape, context, one) in stage.each(listed):
+        if shape not in prepared:
+            copies = stage.clock.copies(stored_bytes(config, shape, context))
+            caches = random_caches(config, shape, context, stage.device, copies)
+            place: dict[str, Any] = {"dtype": torch.bfloat16, "device": stage.device}
+            q = torch.randn(shape.batch, shape.q_heads, 1, shape.head_dim, **place)
+            prepared[shape] = q, caches
+        with stage.guarded(keys):
+            measure(stage, keys, config, shape, context, one, *prepared[shape])
     return headline(stage)
 
 
 def measure(
     stage: Stage, keys: dict[str, Any], config: KVarNConfig, shape: Shape, context: int,
-    one: dict[str, int], q: torch.Tensor, caches: Any, folder: Path,
+    one: dict[str, int], q: torch.Tensor, caches: Any,
 ) -> None:  # fmt: skip
     """One setting in turn with the rule."""
-    name = f"k{config.key_bits}v{config.value_bits}_d{shape.head_dim}"
-    device = heuristics.describe(stage.device).name
-    file = folder / (device.lower().replace(" ", "_").replace("/", "_") + ".json")
-
-    def use(values: dict[str, int]) -> None:
-        file.write_text(json.dumps({name: values}))
-        heuristics._tuned.cache_clear()
-
     calls = kvarn_calls(q, caches, config)
 
     def with_settings(values: dict[str, int]) -> list[Any]:
-        # Read while the graph is captured, hence before every call; replays do not read it.
-        return [lambda call=call: (use(values), call())[1] for call in calls]
+        """Calls that are launched so: when they run, or when a graph is captured."""
+
+        def run(call: Any) -> torch.Tensor:
+            with heuristics.trying(values):
+                return call()
+
+        return [lambda call=call: run(call) for call in calls]
 
     works = {"rule": with_settings(RULE), "this": with_settings(one)}
     wanted, found = works["rule"][0](), works["this"][0]()
     error = ((found.float() - wanted.float()).norm() / wanted.float().norm()).item()
     assert error < 1e-2, f"the output differs from the rule's by {error:.1e}"
     tiles, ring = caches[0].k_codes.shape[2], caches[0].k_tail.shape[2]
-    launched = heuristics.attend_shape(
-        stage.device, shape.batch * shape.kv_heads, shape.q_heads // shape.kv_heads, tiles,
-        config.num_sink_tokens + ring, shape.head_dim, config.key_bits, config.value_bits,
-    )  # fmt: skip
+    with heuristics.trying(one):
+        launched = heuristics.attend_shape(
+            stage.device, shape.batch * shape.kv_heads, shape.q_heads // shape.kv_heads, tiles,
+            config.num_sink_tokens + ring, shape.head_dim, config.key_bits, config.value_bits,
+        )  # fmt: skip
     timings = stage.clock.measure(works)
-    use(RULE)
     if not timings:
         return
     rule, this = timings["rule"], timings["this"]

@@ -20,6 +20,7 @@ COLUMNS = {
     "correctness": {"preset", "codes_differ", "step", "attention", "within"},
     "attention": {"preset", "batch", "context", "kvarn_us", "gb_per_s", "share_of_copy", "dense",
                   "dense_us", "ratio", "flash_gqa_us", "flex_us", "fp8_us", "dequantized_us"},
+    "smallest": {"batch", "context", "settings", "splits", "us", "rule_us", "ratio"},
 }  # fmt: skip
 LOG = """
 tests/kernels/test_step.py::test_step[one_token] PASSED      [  3%]
