@@ -157,7 +157,7 @@ def attend_shape(
     if max(key_bits, value_bits) == 8:
         warps *= 2
     warps = settings.get("warps", min(warps, 4 if describe(device).wavefront == 64 else 8))
-    block_tokens = settings.get("block_tokens", 32 if head_dim <= 256 else 16)
+    block_tokens = settings.get("block_tokens", 32 if 64 < head_dim <= 256 else 16)
     # One wave of programs: more would only write more partial results.
     slots = describe(device).multiprocessors * settings.get("programs_per_sm", 12 // warps)
     share = max(1, slots // (programs * triton.cdiv(rows, rows_together)))
@@ -180,7 +180,7 @@ def encode_shape(device: torch.device, head_dim: int, key_planes: int) -> Encode
     return EncodeShape(
         width=width,
         chunks=chunks,
-        block_k=16 if head_dim <= 96 else 32,
-        warps=4 if head_dim <= 96 else 8,
+        block_k=32,
+        warps=8,
         programs=4 * describe(device).multiprocessors,
     )

@@ -230,7 +230,7 @@ def encode(
             ROTATE_VALUES=form.rotate_values, MAKE_EQUALIZER=make, EQUALIZER_ONLY=only,
             HAS_VALID=order is not None, STORED=stored, CHUNKS=shape.chunks, WIDTH=shape.width,
             BLOCK_K=shape.block_k, PRECISION=_precision(k.device), num_warps=shape.warps,
-            num_stages=1,
+            num_stages=2,
         )  # fmt: skip
 
     if form.plus and not alone:

@@ -38,21 +38,18 @@ def clip_min(bits):
 
 
 @triton.jit
-def _round_to_nearest(x, low, high, BITS: tl.constexpr, EXACT: tl.constexpr):
+def _round_to_nearest(x, low, high, BITS: tl.constexpr):
     """`x ~ (codes + zero) * scale`; `low` and `high` broadcast."""
     scale = tl.maximum((high - low) / (2**BITS - 1), SCALE_MIN)
     scale = tl.maximum(scale, tl.abs(low) / ZERO_LIMIT)
-    # An approximate quotient moves codes at ties, which is nothing to a sum of squared errors.
-    steps = (x - low) / scale
-    if EXACT:
-        steps = tl.div_rn(x - low, tl.broadcast_to(scale, x.shape))
-    codes = tl.minimum(tl.maximum(rounded(steps), 0.0), 2**BITS - 1.0)
+    # GPUs divide to two units in the last place here; tl.div_rn spills hundreds of bytes.
+    codes = tl.minimum(tl.maximum(rounded((x - low) / scale), 0.0), 2**BITS - 1.0)
     return scale, low / scale, codes
 
 
 @triton.jit
 def _error(x, low, high, BITS: tl.constexpr):
-    scale, zero, codes = _round_to_nearest(x, low, high, BITS, False)
+    scale, zero, codes = _round_to_nearest(x, low, high, BITS)
     error = (codes + zero) * scale - x
     return error * error
 
@@ -134,7 +131,7 @@ def quantize_keys(
                 best = tl.where(error < best_error, shrink, best)
                 best_error = tl.minimum(error, best_error)
             low, high = middle - best * half, middle + best * half
-        scale, zero, codes = _round_to_nearest(x, low[None, :], high[None, :], BITS, True)
+        scale, zero, codes = _round_to_nearest(x, low[None, :], high[None, :], BITS)
         scale, zero = tl.reshape(scale, (WIDTH,)), tl.reshape(zero, (WIDTH,))
         scale = pick(channel_scale, c) * scale
         if PLUS:
@@ -205,7 +202,7 @@ def quantize_values(
     word = tl.arange(0, W)
     for c in range(0, CHUNKS):
         x = balanced_chunk(scratch_ptr, unit, c, channel_scale, token_scale)
-        scale, zero, codes = _round_to_nearest(x, low[:, None], high[:, None], BITS, True)
+        scale, zero, codes = _round_to_nearest(x, low[:, None], high[:, None], BITS)
         channel = channels(c, D, WIDTH, 1)
         inside = (channel < D)[None, :]
         if PLUS:

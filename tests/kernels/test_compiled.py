@@ -58,10 +58,18 @@ def test_decode_loop_stays_within_its_budget(rows: list[dict]) -> None:
     nvidia = [row for row in loops if row["arch"].startswith("sm_")]
     assert len(nvidia) == 3
     for row in nvidia:
-        assert row["instructions_per_code"] <= 1.95, row
+        assert row["instructions_per_code"] <= 2.0, row
         assert row["warps"] == 2
         assert row["registers"] <= 176, row
         assert row["shared_bytes"] <= 24 * 1024, row
+
+
+@pytest.mark.slow
+def test_programs_fit_every_gpu(rows: list[dict]) -> None:
+    """Consumer GPUs (sm_86, sm_89, sm_120) have 99 KiB of shared memory, AMD's have 64."""
+    for row in rows:
+        limit = 64 if row["arch"].startswith("gfx") else 99
+        assert row["shared_bytes"] <= limit * 1024, row
 
 
 @pytest.mark.slow
