@@ -97,7 +97,8 @@ def measure(
     with heuristics.trying(one):
         launched = heuristics.attend_shape(
             stage.device, shape.batch * shape.kv_heads, shape.q_heads // shape.kv_heads, tiles,
-            config.num_sink_tokens + ring, shape.head_dim, config.key_bits, config.value_bits,
+            config.num_sink_tokens + ring, shape.head_dim, config.group_size, config.key_bits,
+            config.value_bits,
         )  # fmt: skip
     timings = stage.clock.measure(works)
     if not timings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ def pretend_gpu(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), multiplies: bool = True
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(dispatch, "_on", lambda device: nullcontext())
     monkeypatch.setattr(dispatch._kernels(), "multiplies_codes", lambda device: multiplies)
 
 

@@ -33,11 +33,11 @@ def shape(device: torch.device, head_dim: int = 64, rows: int = 2):
 def test_the_fastest_setting_is_kept_and_used(
     folder: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rule = shape(device)
-    monkeypatch.setattr(tuning, "CANDIDATES", {"block_tokens": (16, 64), "programs_per_sm": (1,)})
+    rule, wide, many = shape(device), shape(device, 128), shape(device, rows=16)
+    monkeypatch.setattr(tuning, "CANDIDATES", {"block_tokens": (64, 128), "programs_per_sm": (1,)})
     tried: list[dict] = []
-    # Sixteen tokens per block are pretended to be fast, one program per multiprocessor slow.
-    times = {"{}": 2.0, "16": 1.0, "64": 3.0, "1": 1.5}
+    # 64 tokens per block are pretended to be fast, one program per multiprocessor slow.
+    times = {"{}": 2.0, "64": 1.0, "128": 3.0, "1": 1.5}
 
     def pretend(step: object, rounds: int, where: torch.device) -> float:
         from kvarn_ops.kernels import heuristics
@@ -50,11 +50,11 @@ def test_the_fastest_setting_is_kept_and_used(
     monkeypatch.setattr(tuning, "_time", pretend)
     path = tuning.tune([CONFIG], [64], "4/2", [(1, 100), (2, 200)], device)
     assert path.parent == folder
-    assert json.loads(path.read_text()) == {"k4v2_g32_d64_r8": {"block_tokens": 16}}
+    assert json.loads(path.read_text()) == {"k4v2_g32_d64_r8": {"block_tokens": 64}}
     assert len(tried) == 2 * 4
-    assert shape(device).block_tokens == 16
-    assert shape(device, 128).block_tokens == rule.block_tokens
-    assert shape(device, rows=16).block_tokens == rule.block_tokens, "measured with 8 rows only"
+    assert shape(device).block_tokens == 64
+    assert shape(device, 128) == wide
+    assert shape(device, rows=16) == many, "measured with 8 rows only"
     path.unlink()
     dispatch.forget_tuning()
     assert shape(device) == rule
