@@ -25,6 +25,7 @@ from .attend import attend_decode_traced, attend_first
 from .library import CACHE_ARGS, CACHE_MUTATED_ARGS, CACHE_RETURNS, SHARED_ARGS, define
 from .validate import (
     check_attention,
+    check_contiguous,
     check_for_kernels,
     check_new_tokens,
     check_shared,
@@ -47,6 +48,7 @@ def _attention_kernel(q: Tensor, *rest: Any) -> Tensor:
     stop = cache.seq_lens[:, None] - torch.arange(q.shape[2] - 1, -1, -1, device=q.device)
     first = stop - window if window else None
     if backend == "triton":
+        check_contiguous(cache)
         return dispatch.attention(
             q, cache, rotation, sink_logits, scale, softcap, causal, config, first
         )

@@ -13,6 +13,7 @@ from ..reference.encode import refuse_nonfinite
 __all__ = [
     "check_attention",
     "check_capacity",
+    "check_contiguous",
     "check_for_kernels",
     "check_new_tokens",
     "check_shared",
@@ -136,11 +137,16 @@ def check_for_kernels(cache: TileCache, k: Tensor, v: Tensor, config: KVarNConfi
     if config.check_finite:
         refuse_nonfinite(k)
         refuse_nonfinite(v)
-    for name, tensor in zip(TileCache._fields, cache, strict=True):
-        if not tensor.is_contiguous():
-            raise InputError(f"{name} is not contiguous: kernels write to whole caches only.")
+    check_contiguous(cache)
     if waits(cache, k.shape[2]):
         check_capacity(cache, int(cache.seq_lens.max()) + k.shape[2], config)
+
+
+def check_contiguous(cache: TileCache) -> None:
+    """Kernels address a cache by its shape."""
+    for name, tensor in zip(TileCache._fields, cache, strict=True):
+        if not tensor.is_contiguous():
+            raise InputError(f"{name} is not contiguous: give kernels a whole cache, not a view.")
 
 
 def waits(cache: TileCache, tokens: int) -> bool:

@@ -203,3 +203,15 @@ def test_outputs_of_an_overfull_cache_are_nan(
     assert found[0].isnan().all()
     assert found[1].isfinite().all()
     assert problem._replace(cache=cache).attention("triton")[0].isnan().all()
+
+
+def test_part_of_a_cache_is_refused(device: torch.device) -> None:
+    problem = make_problem("k4v2_g32", 64, [100, 50], 1, device)
+    part = problem.cache._replace(k_codes=problem.cache.k_codes[:, :, 1:])
+    with pytest.raises(InputError, match="k_codes is not contiguous"):
+        problem._replace(cache=part).attention("triton")
+    with pytest.raises(InputError, match="k_codes is not contiguous"):
+        torch.ops.kvarn.append_(
+            problem.k, problem.v, None, *part, problem.rotation, problem.config.to_string(),
+            "triton",
+        )  # fmt: skip
