@@ -25,8 +25,8 @@ from .attend import attend_decode_traced, attend_first
 from .library import CACHE_ARGS, CACHE_MUTATED_ARGS, CACHE_RETURNS, SHARED_ARGS, define
 from .validate import (
     check_attention,
-    check_contiguous,
     check_for_kernels,
+    check_kernel_arguments,
     check_new_tokens,
     check_shared,
     check_window,
@@ -48,7 +48,7 @@ def _attention_kernel(q: Tensor, *rest: Any) -> Tensor:
     stop = cache.seq_lens[:, None] - torch.arange(q.shape[2] - 1, -1, -1, device=q.device)
     first = stop - window if window else None
     if backend == "triton":
-        check_contiguous(cache)
+        check_kernel_arguments(cache, scale)
         return dispatch.attention(
             q, cache, rotation, sink_logits, scale, softcap, causal, config, first
         )
@@ -96,7 +96,7 @@ def _step(
     if shared is not None:
         check_shared(shared, cache, config, k.shape[2])
     if backend == "triton":
-        check_for_kernels(cache, k, v, config)
+        check_for_kernels(cache, k, v, config, scale)
     plain = softcap == 0 and sinks is None and q.dtype == k.dtype and shared is None
     plain = plain and causal and backend != "reference"
     if plain and _may_look(backend, cache, k) and not bool(cache.seq_lens.any()):

@@ -13,8 +13,8 @@ from ..reference.encode import refuse_nonfinite
 __all__ = [
     "check_attention",
     "check_capacity",
-    "check_contiguous",
     "check_for_kernels",
+    "check_kernel_arguments",
     "check_new_tokens",
     "check_shared",
     "check_tiles",
@@ -123,12 +123,15 @@ def check_window(window: int, causal: bool, shared: PackedTiles | None) -> None:
         raise InputError("a sliding window over tiles that rows share is not supported.")
 
 
-def check_for_kernels(cache: TileCache, k: Tensor, v: Tensor, config: KVarNConfig) -> None:
+def check_for_kernels(
+    cache: TileCache, k: Tensor, v: Tensor, config: KVarNConfig, scale: float = 1.0
+) -> None:
     """What Triton kernels cannot check themselves, as far as it costs no synchronization.
 
     A decode step on a GPU is not checked for room, and neither is a graph that is being captured:
     tokens too many make the row's outputs NaN there, and nothing else is touched.
     """
+    check_kernel_arguments(cache, scale)
     if cache.k_codes.device != k.device:
         raise InputError(
             f"tiles are offloaded to {cache.k_codes.device}, which Triton kernels do not read: use "
@@ -137,13 +140,14 @@ def check_for_kernels(cache: TileCache, k: Tensor, v: Tensor, config: KVarNConfi
     if config.check_finite:
         refuse_nonfinite(k)
         refuse_nonfinite(v)
-    check_contiguous(cache)
     if waits(cache, k.shape[2]):
         check_capacity(cache, int(cache.seq_lens.max()) + k.shape[2], config)
 
 
-def check_contiguous(cache: TileCache) -> None:
-    """Kernels address a cache by its shape."""
+def check_kernel_arguments(cache: TileCache, scale: float) -> None:
+    """Kernels address a cache by its shape, and fold the scale into a maximum."""
+    if scale <= 0:
+        raise InputError(f"scale={scale}: kernels need a positive one; negate the queries instead.")
     for name, tensor in zip(TileCache._fields, cache, strict=True):
         if not tensor.is_contiguous():
             raise InputError(f"{name} is not contiguous: give kernels a whole cache, not a view.")

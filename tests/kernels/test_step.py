@@ -215,3 +215,13 @@ def test_part_of_a_cache_is_refused(device: torch.device) -> None:
             problem.k, problem.v, None, *part, problem.rotation, problem.config.to_string(),
             "triton",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.1])
+def test_scale_must_be_positive(scale: float, device: torch.device) -> None:
+    problem = make_problem("k4v2_g32", 64, [100], 1, device)
+    rest = (problem.rotation, None, scale, 0.0, True, problem.config.to_string(), "triton")
+    with pytest.raises(InputError, match="positive"):
+        torch.ops.kvarn.attention(problem.q, *problem.cache, *rest)
+    with pytest.raises(InputError, match="positive"):
+        torch.ops.kvarn.step(problem.q, problem.k, problem.v, None, *problem.cache, *rest)
