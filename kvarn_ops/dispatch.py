@@ -55,7 +55,7 @@ def resolve(backend: str, device: torch.device | str) -> str:
         raise BackendError(f"backend={backend!r} does not exist: choose one of {BACKENDS}.")
     device = torch.device(device)
     if backend == "triton":
-        obstacle = _obstacle(device)
+        obstacle = _obstacle(device, not traces_kernels())
         if obstacle:
             raise BackendError(
                 f'backend="triton" cannot run here: {obstacle}. Use backend="aten", or "auto" to '
@@ -73,7 +73,7 @@ def _automatic(device: torch.device) -> str:
     if device.type != "cuda":
         _logger.info('backend "auto" chose "aten" on %s: Inductor fuses it.', device.type)
         return "aten"
-    obstacle = _obstacle(device)
+    obstacle = _obstacle(device, not traces_kernels())
     if obstacle:
         _logger.warning(
             'backend "auto" chose "aten" on %s, where decoding may be slower than with a dense '
@@ -87,11 +87,10 @@ def _automatic(device: torch.device) -> str:
 
 
 @lru_cache(maxsize=8)
-def _obstacle(device: torch.device) -> str:
+def _obstacle(device: torch.device, interpreted: bool) -> str:
     """Why Triton kernels cannot run on a device; empty if they can."""
     if not is_installed("triton"):
         return "Triton is not installed (pip install triton)"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
         return (
             f"kernels need a CUDA or ROCm device and the model is on {device.type} (for tests, "

@@ -33,6 +33,11 @@ os.environ.setdefault(
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# Kernels run on the GPU where there is one, in Triton's interpreter elsewhere. Triton reads it when
+# it is imported, for its own functions too, and tests of torch.compile import Triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 _FOLDERS_THAT_COMPILE = {"compile", "lowering", "export"}
 _GPU_POISON_BYTES = 1 << 30
 

@@ -1,15 +1,9 @@
-"""Kernels run on the GPU where there is one, in Triton's interpreter elsewhere."""
+"""Where kernels run; `tests/conftest.py` decides between the GPU and Triton's interpreter."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Read when a kernel is defined, hence before anything imports kvarn_ops.kernels.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton", reason="Triton is not installed (extra 'dev', Linux)")
 
