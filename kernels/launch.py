@@ -101,8 +101,7 @@ def _attention_block(
     if shared is not None:
         shared_shape = attend_shape(
             device, programs, rows, shared.k_codes.shape[2], 0, head_dim,
-            form.group_size, form.key_bits,
-            form.value_bits,
+            form.group_size, form.key_bits, form.value_bits,
         )  # fmt: skip
     own_slots = shape.dense_slots + shape.splits
     slots = own_slots + (shared_shape.splits if shared_shape else 0)
@@ -242,18 +241,10 @@ def encode(
 def step(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, cache: Any, shared: Any | None,
     rotation: Tensor, sink_logits: Tensor | None, scale: float, softcap: float, causal: bool,
-    form: Format, window: int = 0, *, run: Run = _directly,
+    form: Format, first: Tensor | None, *, run: Run = _directly,
 ) -> Tensor:  # fmt: skip
-    """Attend to the cache and the new tokens, then append these.
-
-    With a `window`, a query sees its own position and the `window - 1` before it.
-    """
+    """Attend to the cache and the new tokens, then append these; `first` as in `Visible`."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    first = None
-    if window:
-        place = torch.arange(k.shape[2], device=k.device)[None]
-        place = place if valid is None else valid.cumsum(-1) - valid.long()
-        first = cache.seq_lens[:, None] + place + (1 - window)
     if k.shape[2] == 1 and valid is None:
         visible = Visible(causal=False, limited=False, rank=None, first=first)
         out = attention(

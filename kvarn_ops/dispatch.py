@@ -172,16 +172,19 @@ def step(
     softcap: float,
     causal: bool,
     config: KVarNConfig,
-    window: int = 0,
+    first: Tensor | None,
     *,
     traced: bool = False,
 ) -> Tensor:
-    """`kvarn::step_` by kernels; `traced`: each becomes a node of the graph being traced."""
+    """`kvarn::step_` by kernels; `traced`: each becomes a node of the graph being traced.
+
+    `first` `[B, S]` int64 are the first visible positions; None: all are visible.
+    """
     run: dict[str, Any] = {"run": torch.library.wrap_triton} if traced else {}
     with nullcontext() if traced else _on(q.device):  # compiled code sets the device itself
         return _kernels().step(
             q, k, v, valid, cache, shared, rotation, sink_logits, scale, softcap, causal,
-            _format(config), window, **run,
+            _format(config), first, **run,
         )  # fmt: skip
 
 
@@ -281,7 +284,7 @@ def compiled_step(
     with heuristics.assumed(assumed):
         _kernels().step(
             q, k, k, None, cache, None, rotation, None, head_dim**-0.5, 0.0, True,
-            _format(config), run=recorder,
+            _format(config), None, run=recorder,
         )  # fmt: skip
     for launch in static.unique(recorder.launches):
         if not names or launch.kernel.fn.__name__.removesuffix("_kernel") in names:

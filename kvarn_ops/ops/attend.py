@@ -88,7 +88,7 @@ def attend_decode_traced(
     softcap: float,
     config: KVarNConfig,
     shared: PackedTiles | None = None,
-    window: int = 0,
+    first: Tensor | None = None,
 ) -> Tensor:
     """One new token per row, for compilers: straight-line code, work proportional to live tiles."""
     batch, capacity = q.shape[0], cache.k_codes.shape[2]
@@ -98,7 +98,6 @@ def attend_decode_traced(
     torch._check(live >= 1)
     torch._check(live <= capacity)
     new = torch.ones(batch, 1, 1, dtype=torch.bool, device=q.device)
-    first = cache.seq_lens.unsqueeze(1) + (1 - window) if window else None
     return _attend_block(
         q,
         cache,

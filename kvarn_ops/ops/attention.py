@@ -45,8 +45,11 @@ def _attention_kernel(q: Tensor, *rest: Any) -> Tensor:
     config, window = KVarNConfig.from_string(config_line), more[0] if more else 0
     check_attention(q, cache, sink_logits)
     check_window(window, causal, None)
-    stop = cache.seq_lens[:, None] - torch.arange(q.shape[2] - 1, -1, -1, device=q.device)
-    first = stop - window if window else None
+    later = causal and q.shape[2] > 1  # queries before the last one see less than the whole cache
+    first = stop = None
+    if later or window:
+        stop = cache.seq_lens[:, None] - torch.arange(q.shape[2] - 1, -1, -1, device=q.device)
+        first = stop - window if window else None
     if backend == "triton":
         check_kernel_arguments(cache, scale)
         return dispatch.attention(
@@ -54,7 +57,7 @@ def _attention_kernel(q: Tensor, *rest: Any) -> Tensor:
         )
     nothing = cache.k_tail[:, :, :0]
     new = torch.ones(q.shape[0], q.shape[2], 0, dtype=torch.bool, device=q.device)
-    visible = Visible(new, first, stop if causal and q.shape[2] > 1 else None)
+    visible = Visible(new, first, stop if later else None)
     return dispatch.attend(backend)(
         q,
         cache,
@@ -106,10 +109,11 @@ def _step(
         out = attend_first(q, k, v, seen, scale)
     elif backend == "triton":
         return dispatch.step(
-            q, k, v, valid, shared, cache, rotation, sinks, scale, softcap, causal, config, window
-        )
+            q, k, v, valid, shared, cache, rotation, sinks, scale, softcap, causal, config,
+            _first_visible(cache, k, valid, window),
+        )  # fmt: skip
     else:
-        first = cache.seq_lens[:, None] + _ranks(k, valid) + (1 - window) if window else None
+        first = _first_visible(cache, k, valid, window)
         visible = Visible(_new_visible(q, k, valid, causal, window), first)
         attend = dispatch.attend(backend)
         out = attend(q, cache, k, v, visible, rotation, sinks, scale, softcap, config, shared)
@@ -130,6 +134,11 @@ def _ranks(k: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
         return torch.arange(k.shape[2], device=k.device).unsqueeze(0)
     return valid.cumsum(-1) - valid.long()
+
+
+def _first_visible(cache: TileCache, k: Tensor, valid: Tensor | None, window: int) -> Tensor | None:
+    """`[B, S]` int64: the first position that each new token sees; None without a window."""
+    return cache.seq_lens[:, None] + _ranks(k, valid) + (1 - window) if window else None
 
 
 def _new_visible(
@@ -199,13 +208,14 @@ def _step_traced(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict | Non
         return mode.__torch_dispatch__(op, types, args, kwargs)
     config = KVarNConfig.from_string(config_line)
     with mode:
+        first = _first_visible(cache, k, None, window)
         if backend == "triton":
             return dispatch.step(
                 q, k, v, None, shared, cache, rotation, sinks, scale, softcap, True, config,
-                window, traced=True,
+                first, traced=True,
             )  # fmt: skip
         out = attend_decode_traced(
-            q, cache, k, v, rotation, sinks, scale, softcap, config, shared, window
+            q, cache, k, v, rotation, sinks, scale, softcap, config, shared, first
         )
         append_(k, v, None, *cache, rotation, config_line, backend)
         return out
