@@ -22,6 +22,7 @@ __all__ = [
     "CacheError",
     "ConfigError",
     "InputError",
+    "KVCache",
     "KVarNCache",
     "KVarNConfig",
     "KVarNError",
@@ -40,6 +41,7 @@ __all__ = [
 # has the name of something public: importing it would put the module where the function should be.
 _LAZY: dict[str, dict[str, str]] = {
     "kvarn_ops": {
+        "KVCache": "kv_cache",
         "KVarNCache": "hf.cache",
         "explain": "patching",
         "fake_quantize": "reference.fake",
@@ -139,6 +141,7 @@ from kvarn_ops.errors import (  # noqa: E402
 
 if TYPE_CHECKING:
     from kvarn_ops.hf.cache import KVarNCache
+    from kvarn_ops.kv_cache import KVCache
     from kvarn_ops.ops.samples import sample_inputs
     from kvarn_ops.patching import explain, patch, patched, supported_models, unpatch
     from kvarn_ops.reference.fake import fake_quantize

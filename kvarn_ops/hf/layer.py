@@ -11,12 +11,12 @@ from transformers.cache_utils import CacheLayerMixin
 from .. import dispatch
 from .._compat import is_compiling, mark_static, query_count
 from ..config import KVarNConfig
+from ..crop import check_crop
 from ..errors import CacheError, UnsupportedModelError
 from ..hadamard import check_head_dim, hadamard
 from ..layout import PackedTiles, TileCache, allocate
 from ..ops.dense import tiles_of
 from ..ops.validate import check_new_tokens
-from .crop import check_crop
 from .rows import selected, selected_shared
 
 __all__ = ["KVarNLayer"]

@@ -17,7 +17,7 @@ from ..config import KVarNConfig
 from ..layout import TileCache
 from ..reference.encode import encode_keys, encode_values, first_equalizer
 from .library import CACHE_ARGS, CACHE_MUTATED_ARGS, CACHE_RETURNS, define
-from .validate import check_capacity, check_for_kernels, check_new_tokens
+from .validate import check_capacity, check_for_kernels, check_new_tokens, check_room
 
 __all__ = ["append", "append_"]
 
@@ -30,6 +30,7 @@ def _append_kernel(k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any) -> No
     check_new_tokens(k, v, valid, cache, config)
     if backend == "triton":
         check_for_kernels(cache, k, v, config)
+        check_room(cache, k.shape[2], config)
         dispatch.append(cache, k, v, valid, rotation, config)
     else:
         store(cache, k, v, valid, rotation, config)

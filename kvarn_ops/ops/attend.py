@@ -17,6 +17,7 @@ from ..layout import PackedTiles, TileCache
 from ..reference.attention import Visible
 from .dense import Partial, dense_part, dense_part_traced, exponentials, softcapped, tiles_of
 from .formula import Dot, dot_matmul, dot_unrolled, materialized, tile_output, tile_scores
+from .mask import hide, mask_of_tiles
 
 __all__ = ["attend", "attend_decode_traced", "tiles_of"]
 
@@ -89,21 +90,25 @@ def attend_decode_traced(
     config: KVarNConfig,
     shared: PackedTiles | None = None,
     first: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """One new token per row, for compilers: straight-line code, work proportional to live tiles."""
+    """One query per row, for compilers: straight-line code, work proportional to live tiles.
+
+    `k_new`, `v_new` are one token per row that is not in the cache yet, or none.
+    """
     batch, capacity = q.shape[0], cache.k_codes.shape[2]
     # At least one tile keeps the shape non-empty; the mask hides it while none is live.
     live = tiles_of(cache.seq_lens, config).max().clamp(1, capacity).item()
     hint_size(live, _TYPICAL_TILES)
     torch._check(live >= 1)
     torch._check(live <= capacity)
-    new = torch.ones(batch, 1, 1, dtype=torch.bool, device=q.device)
+    new = torch.ones(batch, 1, k_new.shape[2], dtype=torch.bool, device=q.device)
     return _attend_block(
         q,
         cache,
         k_new,
         v_new,
-        Visible(new, first),
+        Visible(new, first, mask=mask),
         rotation,
         sink_logits,
         scale,
@@ -146,12 +151,18 @@ def _attend_block(
         rotated = rotated * torch.exp2(cache.k_equalizer.float()).unsqueeze(2)
     if config.rotate_keys:
         rotated = rotated @ rotation
-    packed = None
+    packed = tile_mask = None
+    if visible.mask is not None:
+        tile_mask = mask_of_tiles(
+            visible.mask, cache.k_codes.shape[2], config, num_kv_heads, q_per_kv, queries
+        )
     for start, count in chunks:
         tiles = cache.tiles(start, count).on(q.device)
         hidden = _tiles_hidden(cache, visible, start, count, config)
         scores = tile_scores(rotated, tiles, config, dot)  # [B, H, n, M, G]
         scores = softcapped(scores, softcap)
+        if tile_mask is not None:
+            scores = hide(scores, tile_mask.narrow(2, start, count))
         if hidden.shape[2] > 1:
             hidden = hidden.repeat(1, 1, q_per_kv, 1)
         scores = scores.masked_fill(hidden.unsqueeze(1), -torch.inf)

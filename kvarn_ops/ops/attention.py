@@ -5,7 +5,9 @@ forward, and each cache buffer is read first and mutated once, which compilers d
 When it is compiled for one token per row it becomes plain arithmetic plus `append_`; otherwise it
 stays whole. `step_shared_` reads, besides, tiles that belong to several caches and never change:
 the cache itself then holds the sequence without the tokens of those tiles. With a `window` a query
-sees its own position and the `window - 1` before it; 0 means all.
+sees its own position and the `window - 1` before it; 0 means all. `attention` also takes a mask
+`[B or 1, H_q or 1, S or 1, T]`, bool (True: is seen) or float (added to the scores), whose columns
+are positions; a token at T or later is not seen.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 from .. import dispatch
 from .._compat import keeps_custom_ops
 from ..config import KVarNConfig
+from ..errors import InputError
 from ..layout import PackedTiles, TileCache
 from ..reference.attention import Visible
 from .append import append_, store
@@ -27,7 +30,9 @@ from .validate import (
     check_attention,
     check_for_kernels,
     check_kernel_arguments,
+    check_mask,
     check_new_tokens,
+    check_room,
     check_shared,
     check_window,
     waits,
@@ -42,9 +47,11 @@ _SHARED_LEN = len(PackedTiles._fields)
 def _attention_kernel(q: Tensor, *rest: Any) -> Tensor:
     cache = TileCache(*rest[:_CACHE_LEN])
     rotation, sink_logits, scale, softcap, causal, config_line, backend, *more = rest[_CACHE_LEN:]
-    config, window = KVarNConfig.from_string(config_line), more[0] if more else 0
+    config = KVarNConfig.from_string(config_line)
+    window, mask = _window_and_mask(more)
     check_attention(q, cache, sink_logits)
     check_window(window, causal, None)
+    check_mask(mask, q)
     later = causal and q.shape[2] > 1  # queries before the last one see less than the whole cache
     first = stop = None
     if later or window:
@@ -52,12 +59,14 @@ def _attention_kernel(q: Tensor, *rest: Any) -> Tensor:
         first = stop - window if window else None
     if backend == "triton":
         check_kernel_arguments(cache, scale)
+        if mask is not None:
+            raise InputError("masks are not supported by kernels yet")
         return dispatch.attention(
             q, cache, rotation, sink_logits, scale, softcap, causal, config, first
         )
     nothing = cache.k_tail[:, :, :0]
     new = torch.ones(q.shape[0], q.shape[2], 0, dtype=torch.bool, device=q.device)
-    visible = Visible(new, first, stop if later else None)
+    visible = Visible(new, first, stop if later else None, mask)
     return dispatch.attend(backend)(
         q,
         cache,
@@ -70,6 +79,11 @@ def _attention_kernel(q: Tensor, *rest: Any) -> Tensor:
         softcap,
         config,
     )
+
+
+def _window_and_mask(more: list[Any]) -> tuple[int, Tensor | None]:
+    """The arguments with defaults: the dispatcher leaves out those that have them."""
+    return (more[0] if more else 0), (more[1] if len(more) > 1 else None)
 
 
 def _step_kernel(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, *rest: Any) -> Tensor:
@@ -100,6 +114,7 @@ def _step(
         check_shared(shared, cache, config, k.shape[2])
     if backend == "triton":
         check_for_kernels(cache, k, v, config, scale)
+        check_room(cache, k.shape[2], config)
     plain = softcap == 0 and sinks is None and q.dtype == k.dtype and shared is None
     plain = plain and causal and backend != "reference"
     if plain and _may_look(backend, cache, k) and not bool(cache.seq_lens.any()):
@@ -221,6 +236,25 @@ def _step_traced(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict | Non
         return out
 
 
+def _attention_traced(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict | None) -> Any:
+    """Decompose compiled attention of one query per row; anything else stays one op."""
+    q, *rest = args
+    cache = TileCache(*rest[:_CACHE_LEN])
+    rotation, sinks, scale, softcap, _, config_line, backend, *more = rest[_CACHE_LEN:]
+    window, mask = _window_and_mask(more)
+    offloaded = cache.k_codes.device != q.device
+    whole = kwargs or q.shape[2] != 1 or offloaded or keeps_custom_ops()
+    if whole or backend != "aten":
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+    config = KVarNConfig.from_string(config_line)
+    with mode:
+        first = cache.seq_lens[:, None] - window if window else None
+        nothing = cache.k_tail[:, :, :0]
+        return attend_decode_traced(
+            q, cache, nothing, nothing, rotation, sinks, scale, softcap, config, None, first, mask
+        )
+
+
 _TAIL_ARGS = (
     "Tensor rotation, Tensor? sink_logits, float scale, float softcap, bool causal, str config, "
     "str backend, int window=0"
@@ -228,9 +262,10 @@ _TAIL_ARGS = (
 
 attention = define(
     "attention",
-    f"(Tensor q, {CACHE_ARGS}, {_TAIL_ARGS}) -> Tensor",
+    f"(Tensor q, {CACHE_ARGS}, {_TAIL_ARGS}, Tensor? mask=None) -> Tensor",
     _attention_kernel,
     _attention_fake,
+    traced=_attention_traced,
 )
 step_ = define(
     "step_",

@@ -15,6 +15,7 @@ from ..config import KVarNConfig
 from ..layout import TileCache
 from ..reference.attention import Visible
 from .formula import materialized
+from .mask import hide, mask_of_slots
 
 __all__ = ["Partial", "dense_part", "dense_part_traced", "exponentials", "softcapped", "tiles_of"]
 
@@ -44,13 +45,18 @@ def dense_part(
 ) -> Partial:
     """Attention to sinks, tail and new tokens by two matrix products: the eager form."""
     queries = visible.new.shape[1]
-    stored = _dense_visible(cache, visible, config).expand(-1, queries, -1)
+    positions, held = _slots(cache, visible, config)
+    stored = held.expand(-1, queries, -1)
     seen = torch.cat([stored, visible.new], dim=-1)
     keys = torch.cat([cache.k_sink, cache.k_tail, k_new], dim=2).float()
     values = torch.cat([cache.v_sink, cache.v_tail, v_new], dim=2).float()
     # A slot that no query sees may hold anything, and 0 * NaN is NaN.
     values = values.masked_fill(~seen.any(1)[:, None, :, None], 0.0)
     scores = softcapped(rows @ keys.mT, softcap)
+    if visible.mask is not None:
+        of_stored, of_new = scores.tensor_split([stored.shape[-1]], dim=-1)
+        of_stored = hide(of_stored, _mask(rows, cache, visible, positions))
+        scores = torch.cat([of_stored, of_new], dim=-1)
     hidden = ~seen.repeat(1, rows.shape[2] // queries if queries > 1 else 1, 1).unsqueeze(1)
     peak, weights, total = exponentials(scores.masked_fill(hidden, -torch.inf), (-1,))
     return Partial(peak, total, weights @ values)
@@ -65,33 +71,49 @@ def dense_part_traced(
     softcap: float,
     config: KVarNConfig,
 ) -> Partial:
-    """`dense_part` for one new token per row, without copies of the keys and values."""
+    """`dense_part` for at most one new token per row, without copies of the keys and values."""
     sinks = config.num_sink_tokens
-    held = materialized(_dense_visible(cache, visible, config))  # [B, 1, sinks + ring]
-    stored = [(cache.k_tail, cache.v_tail, held[:, :, sinks:])]
+    positions, held = _slots(cache, visible, config)
+    held = materialized(held)  # [B, 1, sinks + ring]
+    mask = None
+    if visible.mask is not None:
+        mask = materialized(_mask(rows, cache, visible, positions))
+    stored = [(cache.k_tail, cache.v_tail, slice(sinks, None))]
     if sinks:
-        stored.append((cache.k_sink, cache.v_sink, held[:, :, :sinks]))
-    own = softcapped((rows * k_new.float()).sum(-1, keepdim=True), softcap)  # [B, H, M, 1]
-    scores, peak = [], own
-    for keys, _, seen in stored:
+        stored.append((cache.k_sink, cache.v_sink, slice(0, sinks)))
+    own = peak = None
+    if k_new.shape[2]:
+        own = peak = softcapped((rows * k_new.float()).sum(-1, keepdim=True), softcap)
+    scores = []
+    for keys, _, part in stored:
         score = (rows.unsqueeze(3) * keys.float().unsqueeze(2)).sum(-1)  # [B, H, M, T]
-        score = softcapped(score, softcap).masked_fill(~seen.unsqueeze(1), -torch.inf)
+        score = softcapped(score, softcap)
+        if mask is not None:
+            score = hide(score, mask[..., part])
+        score = score.masked_fill(~held[:, :, part].unsqueeze(1), -torch.inf)
         scores.append(score)
-        peak = torch.maximum(peak, score.amax(-1, keepdim=True))
+        highest = score.amax(-1, keepdim=True)
+        peak = highest if peak is None else torch.maximum(peak, highest)
+    assert peak is not None
     base = peak.masked_fill(peak == -torch.inf, 0.0)
-    total = torch.exp(own - base)
-    out = total * v_new.float()
-    for score, (_, values, seen) in zip(scores, stored, strict=True):
+    total, out = torch.zeros_like(base), torch.zeros_like(rows)
+    if own is not None:
+        total = torch.exp(own - base)
+        out = total * v_new.float()
+    for score, (_, values, part) in zip(scores, stored, strict=True):
         weights = materialized(torch.exp(score - base))
         # A slot that is not seen may hold anything, and 0 * NaN is NaN.
-        values = values.float().masked_fill(~seen.unsqueeze(-1), 0.0)
+        values = values.float().masked_fill(~held[:, :, part].unsqueeze(-1), 0.0)
         out = out + (weights.unsqueeze(-1) * values.unsqueeze(2)).sum(3)
         total = total + weights.sum(-1, keepdim=True)
     return Partial(peak, total, out)
 
 
-def _dense_visible(cache: TileCache, visible: Visible, config: KVarNConfig) -> Tensor:
-    """`[B, S or 1, sinks + ring]` bool: the slots of sinks and tail that each query sees."""
+def _slots(cache: TileCache, visible: Visible, config: KVarNConfig) -> tuple[Tensor, Tensor]:
+    """Positions `[B, sinks + ring]` int64 of the sinks' and the tail's slots, and which are seen.
+
+    The latter is `[B, S or 1, sinks + ring]` bool, a mask aside. Empty slots have any position.
+    """
     sinks, ring = config.num_sink_tokens, cache.k_tail.shape[2]
     lengths = cache.seq_lens.unsqueeze(1)  # [B, 1]
     slot = torch.arange(ring, device=lengths.device)
@@ -102,10 +124,19 @@ def _dense_visible(cache: TileCache, visible: Visible, config: KVarNConfig) -> T
     held = torch.cat(
         [sink_positions < lengths, (position >= first) & (position >= 0)], dim=-1
     ).unsqueeze(1)
+    positions = torch.cat([sink_positions, position + sinks], dim=-1)
     if visible.whole_cache:
-        return held
-    positions = torch.cat([sink_positions, position + sinks], dim=-1).unsqueeze(1)
-    return held & visible.of(positions)
+        return positions, held
+    return positions, held & visible.of(positions.unsqueeze(1))
+
+
+def _mask(rows: Tensor, cache: TileCache, visible: Visible, positions: Tensor) -> Tensor:
+    """`[B, H_kv or 1, M or 1, sinks + ring]`: the mask of sinks and tail."""
+    queries = visible.new.shape[1]
+    assert visible.mask is not None
+    return mask_of_slots(
+        visible.mask, positions, cache.k_tail.shape[1], rows.shape[2] // queries, queries
+    )
 
 
 def softcapped(scores: Tensor, softcap: float) -> Tensor:

@@ -23,7 +23,10 @@ OP_NAMES = (
     "dequantize_values",
     "append",
     "append_",
+    "append_at",
+    "append_at_",
     "attention",
+    "dequantize",
     "step",
     "step_",
     "step_shared",
@@ -96,7 +99,7 @@ def _samples(
         return torch.randn(shape, generator=generator).to(device)
 
     rotation = hadamard(_DIM, device=device)
-    if "quantize" in op_name:
+    if "quantize_" in op_name:
         equalizer = randn(2, _DIM).half() if config.equalizes else None
         options = (rotation, equalizer, line)
         args: tuple[Any, ...] = (randn(2, config.group_size, _DIM), *options)
@@ -120,10 +123,17 @@ def _samples(
         sink_logits = randn(queries_heads) if masked else None
         scale, softcap = _DIM**-0.5, 30.0 if masked else 0.0
         options = (rotation, sink_logits, scale, softcap, True, line, "aten")
-        if op_name.startswith("append"):
+        if op_name.startswith("append_at"):
+            at = torch.tensor([min(lengths) - config.tail_tokens]).clamp_min(0).to(device)
+            cache.seq_lens.fill_(min(lengths))
+            yield (k, v, at, cache.seq_lens.clone(), *cache, rotation, line, "aten", 256), {}
+        elif op_name.startswith("append"):
             yield (k, v, valid, *cache, rotation, line, "aten"), {}
+        elif op_name == "dequantize":
+            yield (*cache, rotation, line, "aten", 256), {}
         elif op_name == "attention":
-            yield (q, *cache, *options), {}
+            mask = randn(_ROWS, 1, count, 140) > 0 if masked else None
+            yield (q, *cache, *options, 0, mask), {}
         elif "shared" not in op_name:
             yield (q, k, v, valid, *cache, *options), {}
         elif min(lengths) >= config.num_sink_tokens:

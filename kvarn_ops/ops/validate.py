@@ -15,7 +15,9 @@ __all__ = [
     "check_capacity",
     "check_for_kernels",
     "check_kernel_arguments",
+    "check_mask",
     "check_new_tokens",
+    "check_room",
     "check_shared",
     "check_tiles",
     "check_window",
@@ -87,6 +89,22 @@ def check_attention(q: Tensor, cache: TileCache, sink_logits: Tensor | None) -> 
         )
 
 
+def check_mask(mask: Tensor | None, q: Tensor) -> None:
+    """A mask broadcasts against scores `[B, H_q, S, T]` for some T."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        _check_dtype("mask", mask)
+    lead = zip(mask.shape[:3], q.shape[:3], strict=False)
+    if mask.ndim != 4 or any(given not in (1, full) for given, full in lead) or not mask.shape[3]:
+        raise InputError(
+            f"mask has shape {tuple(mask.shape)}: give [batch {q.shape[0]} or 1, heads "
+            f"{q.shape[1]} or 1, queries {q.shape[2]} or 1, positions]."
+        )
+    if mask.device != q.device:
+        raise InputError(f"mask is on {mask.device}, the queries on {q.device}: move one of them.")
+
+
 def check_shared(shared: PackedTiles, cache: TileCache, config: KVarNConfig, tokens: int) -> None:
     """Shared tiles have the cache's geometry, and its rows are whole copies of their rows."""
     for name, tensor in zip(PackedTiles._fields, shared, strict=True):
@@ -126,11 +144,7 @@ def check_window(window: int, causal: bool, shared: PackedTiles | None) -> None:
 def check_for_kernels(
     cache: TileCache, k: Tensor, v: Tensor, config: KVarNConfig, scale: float = 1.0
 ) -> None:
-    """What Triton kernels cannot check themselves, as far as it costs no synchronization.
-
-    A decode step on a GPU is not checked for room, and neither is a graph that is being captured:
-    tokens too many make the row's outputs NaN there, and nothing else is touched.
-    """
+    """What Triton kernels cannot check themselves, room aside."""
     check_kernel_arguments(cache, scale)
     if cache.k_codes.device != k.device:
         raise InputError(
@@ -140,8 +154,16 @@ def check_for_kernels(
     if config.check_finite:
         refuse_nonfinite(k)
         refuse_nonfinite(v)
-    if waits(cache, k.shape[2]):
-        check_capacity(cache, int(cache.seq_lens.max()) + k.shape[2], config)
+
+
+def check_room(cache: TileCache, tokens: int, config: KVarNConfig) -> None:
+    """The longest row still fits after `tokens` more, as far as it costs no synchronization.
+
+    A decode step on a GPU is not checked, and neither is a graph that is being captured: tokens
+    too many make the row's outputs NaN there, and nothing else is touched.
+    """
+    if waits(cache, tokens):
+        check_capacity(cache, int(cache.seq_lens.max()) + tokens, config)
 
 
 def check_kernel_arguments(cache: TileCache, scale: float) -> None:

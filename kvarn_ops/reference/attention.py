@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import KVarNConfig
@@ -18,21 +19,28 @@ __all__ = ["Visible", "attend", "read_row"]
 class Visible(NamedTuple):
     """Which tokens each of S queries sees.
 
-    Of the cache, those at positions from `first` (None: 0) to before `stop` (None: all).
+    Of the cache, those at positions from `first` (None: 0) to before `stop` (None: all) that the
+    mask shows.
     """
 
     new: Tensor  # [B, S, N] bool, of the new tokens
     first: Tensor | None = None  # [B, S] int64
     stop: Tensor | None = None  # [B, S] int64
+    mask: Tensor | None = None  # [B or 1, H_q or 1, S or 1, T] bool, or float added to the scores
 
     @property
     def whole_cache(self) -> bool:
-        """Whether every query sees every stored token."""
+        """Whether every query sees every stored token, a mask aside."""
         return self.first is None and self.stop is None
 
     def queries(self, block: slice) -> Visible:
         """The same for some of the queries."""
-        return Visible(*(None if x is None else x[:, block] for x in self))  # type: ignore[arg-type]
+        new, *bounds = (None if x is None else x[:, block] for x in self[:3])
+        assert new is not None
+        mask = self.mask
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask[:, :, block]
+        return Visible(new, *bounds, mask)
 
     def of(self, positions: Tensor) -> Tensor:
         """`[B, S, T]` bool: which queries see positions `[T]` or `[B, 1, T]` of the cache."""
@@ -141,6 +149,8 @@ def attend(
         scores = q[row].float() @ k.mT * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
+        if visible.mask is not None:
+            scores = scores + _added(visible.mask, row, k.shape[1])
         scores = scores.masked_fill(~seen, -torch.inf)
         if sink_logits is not None:
             column = sink_logits.float()[:, None, None].expand(-1, scores.shape[1], 1)
@@ -148,5 +158,14 @@ def attend(
         weights = scores.softmax(dim=-1)[..., : k.shape[1]]
         v = v.masked_fill(~seen.any(0)[:, None], 0.0)
         out = weights.masked_fill(~seen, 0.0) @ v
-        rows.append(torch.where(seen.any(-1, keepdim=True), out, 0.0))
+        blind = (scores == -torch.inf).all(-1, keepdim=True)
+        rows.append(torch.where(blind, 0.0, out))
     return torch.stack(rows).to(q.dtype)
+
+
+def _added(mask: Tensor, row: int, tokens: int) -> Tensor:
+    """`[H_q or 1, S or 1, tokens]` fp32: what a mask adds to a row's scores."""
+    mask = mask[row if mask.shape[0] > 1 else 0, ..., :tokens]
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+    return F.pad(mask.float(), (0, tokens - mask.shape[-1]), value=-torch.inf)

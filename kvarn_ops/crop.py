@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..config import KVarNConfig
-from ..errors import CacheCropError
+from .config import KVarNConfig
+from .errors import CacheCropError
 
 __all__ = ["check_crop"]
 
