@@ -25,6 +25,7 @@ __all__ = [
     "new_slots",
     "query_count",
     "register_functional_rule",
+    "size_expression",
 ]
 
 
@@ -61,6 +62,11 @@ def fused_multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> tor
 
     prim = getattr(inductor_prims, "fma", None)
     return a * b + c if prim is None else prim(a, b, c)
+
+
+def size_expression(size: torch.SymInt) -> Any:
+    """The sympy expression of an unknown size. Reading it adds no guard, as a comparison would."""
+    return size.node.expr
 
 
 def is_compiling() -> bool:
