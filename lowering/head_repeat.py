@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .axes import Factor, walk_views
+from .axes import Factor, op_name, walk_views
 
 __all__ = ["HeadRepeat", "is_head_repeat"]
 
@@ -45,7 +45,10 @@ def is_head_repeat(
     """
     viewed = walk_views(operand, root)
     if not root(viewed.root):
-        return f"{operand.name} is not a view of the cache: {viewed.root.name} is in between"
+        return (
+            f"{operand.name} is not a view of whole heads of the cache from the first token on: "
+            f"{viewed.root.name} ({op_name(viewed.root) or viewed.root.op}) is in between"
+        )
     if len(viewed.axes) != 4 or len(viewed.whole) != 4:
         return f"{operand.name} or its cache does not have the 4 axes batch, head, token, channel"
     batch, heads, tokens, channels = (viewed.whole[axis] for axis in layout)
