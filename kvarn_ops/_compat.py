@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch._guards import CompileContext, TracingContext
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
-from torch._inductor import config as inductor_config
-from torch._inductor import custom_graph_pass
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.utils._config_module import _UNSET_SENTINEL
 
@@ -135,6 +133,8 @@ def current_compilation() -> tuple[str, Any]:
 
 def slots_take_lists() -> bool:
     """Whether a custom pass slot of Inductor takes several passes (torch 2.13; 2.11 takes one)."""
+    from torch._inductor import custom_graph_pass
+
     return hasattr(custom_graph_pass, "get_custom_graph_passes")
 
 
@@ -143,7 +143,7 @@ def get_pass_slot(slot: str, *, everywhere: bool = False) -> Any:
     entry = _pass_slot(slot)
     if everywhere and _is_set_by_thread(entry):
         return entry.default
-    return getattr(inductor_config, slot)
+    return getattr(_inductor_config(), slot)
 
 
 def set_pass_slot(slot: str, value: Any, *, everywhere: bool) -> None:
@@ -156,7 +156,7 @@ def set_pass_slot(slot: str, value: Any, *, everywhere: bool) -> None:
     if everywhere and _is_set_by_thread(entry):
         entry.default = tuple(value) if isinstance(value, list) else value
     else:
-        setattr(inductor_config, slot, value)
+        setattr(_inductor_config(), slot, value)
 
 
 def is_set_here(slot: str) -> bool:
@@ -165,8 +165,14 @@ def is_set_here(slot: str) -> bool:
     return _is_set_by_thread(entry) and entry.user_override.get() is not _UNSET_SENTINEL
 
 
+def _inductor_config() -> Any:
+    import torch._inductor.config  # takes a second, and packages that `import kvarn_ops` does not
+
+    return torch._inductor.config
+
+
 def _pass_slot(slot: str) -> Any:
-    return inductor_config._config[slot]  # type: ignore[attr-defined]
+    return _inductor_config()._config[slot]
 
 
 def _is_set_by_thread(entry: Any) -> bool:
