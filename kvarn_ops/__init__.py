@@ -53,8 +53,7 @@ _LAZY: dict[str, dict[str, str]] = {
     },
     "kvarn_ops.kernels": {},
     "kvarn_ops.lowering": {
-        "SourcePass": "source_pass",
-        "inductor_options": "source_pass",
+        "inductor_options": "hooks",
     },
     "kvarn_ops.export": {},
 }

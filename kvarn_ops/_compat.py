@@ -6,19 +6,25 @@ Checked on torch 2.11.0, 2.12.1 and 2.13.0, transformers 4.57.6, 5.0.0 and 5.17.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch._guards import CompileContext, TracingContext
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.utils._config_module import _UNSET_SENTINEL
 
 __all__ = [
     "auto_functionalized_v2",
     "below_autograd",
     "cache_capacity",
+    "current_compilation",
     "fused_multiply_add",
+    "get_pass_slot",
     "hint_size",
     "is_compiling",
+    "is_set_here",
     "keeps_custom_ops",
     "mark_static",
     "maybe_dynamic",
@@ -26,6 +32,8 @@ __all__ = [
     "query_count",
     "register_functional_rule",
     "size_expression",
+    "set_pass_slot",
+    "slots_take_lists",
 ]
 
 
@@ -113,3 +121,59 @@ def cache_capacity(cache: Any) -> int:
     if hasattr(cache, "get_max_length"):
         return cache.get_max_length()
     return max(layer.get_max_cache_shape() for layer in cache.layers)
+
+
+def current_compilation() -> tuple[str, Any]:
+    """Name of what is being compiled ("0/0"; "" outside Dynamo), and an object, the same in all its
+    stages, that can be weakly referenced (None: there is none).
+    """
+    name = CompileContext.current_compile_id()
+    return "" if name is None else str(name), TracingContext.try_get()
+
+
+def slots_take_lists() -> bool:
+    """Whether a custom pass slot of Inductor takes several passes (torch 2.13; 2.11 takes one)."""
+    from torch._inductor import custom_graph_pass
+
+    return hasattr(custom_graph_pass, "get_custom_graph_passes")
+
+
+def get_pass_slot(slot: str, *, everywhere: bool = False) -> Any:
+    """What a slot of Inductor's config holds in this context, or by default in all threads."""
+    entry = _pass_slot(slot)
+    if everywhere and _is_set_by_thread(entry):
+        return entry.default
+    return getattr(_inductor_config(), slot)
+
+
+def set_pass_slot(slot: str, value: Any, *, everywhere: bool) -> None:
+    """Set a slot in this context, or by default in all threads.
+
+    From torch 2.13 on an assignment to Inductor's config is seen in one thread only. A default is
+    copied into every context that reads it, unless it is a tuple or None.
+    """
+    entry = _pass_slot(slot)
+    if everywhere and _is_set_by_thread(entry):
+        entry.default = tuple(value) if isinstance(value, list) else value
+    else:
+        setattr(_inductor_config(), slot, value)
+
+
+def is_set_here(slot: str) -> bool:
+    """Whether a slot has a value in this context that hides the default of all threads."""
+    entry = _pass_slot(slot)
+    return _is_set_by_thread(entry) and entry.user_override.get() is not _UNSET_SENTINEL
+
+
+def _inductor_config() -> Any:
+    import torch._inductor.config  # takes a second, and packages that `import kvarn_ops` does not
+
+    return torch._inductor.config
+
+
+def _pass_slot(slot: str) -> Any:
+    return _inductor_config()._config[slot]
+
+
+def _is_set_by_thread(entry: Any) -> bool:
+    return isinstance(getattr(entry, "user_override", None), ContextVar)

@@ -177,7 +177,7 @@ class Explanation:
 
 def explain(model: nn.Module) -> Explanation:
     """Say, layer by layer, what is packed and why, and what compiled graphs contained."""
-    from .lowering.source_pass import seen_ops
+    from .lowering.record import seen_ops
 
     parts, counts = _patched_parts(model), dict(seen_ops())
     if not parts:
@@ -190,7 +190,7 @@ class Lifetime:
     """Keeps our Inductor pass installed while a patched model or a copy of it lives."""
 
     def __init__(self) -> None:
-        from .lowering.source_pass import acquire
+        from .lowering.hooks import acquire
 
         acquire(self)
 

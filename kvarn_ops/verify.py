@@ -228,7 +228,7 @@ def _worse(a: float, b: float) -> float:
 
 
 def _compiled_step() -> Any:
-    from .lowering.source_pass import inductor_options
+    from .lowering.hooks import inductor_options
 
     # The pass makes Inductor's cache on disk depend on our sources: an old body would verify well.
     torch.compiler.reset()

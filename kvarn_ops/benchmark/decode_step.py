@@ -156,7 +156,7 @@ class DecodeStep:
 
 def compiled_step() -> Callable[..., Tensor]:
     """`kvarn::step_` under Inductor, as a patched and compiled model runs it."""
-    from ..lowering.source_pass import inductor_options
+    from ..lowering.hooks import inductor_options
 
     def step(*arguments: Any) -> Tensor:
         return torch.ops.kvarn.step_(*arguments)

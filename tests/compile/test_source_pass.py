@@ -18,9 +18,9 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import kvarn_ops
-from kvarn_ops.lowering import source_pass
-from tiny_models import tiny_model
+from kvarn_ops.lowering import record
 
+SLOTS = ("pre_grad_custom_pass", "post_grad_custom_pre_pass")
 PACKAGE_FOLDERS = ("kvarn_ops", "kernels", "lowering", "export")
 
 # A decode step of one layer over packed tiles. Prints the logits' sum and the cache counters.
@@ -109,41 +109,9 @@ def code_of_block() -> str:
 
 
 def test_code_without_our_ops_is_the_same_with_and_without_the_pass() -> None:
-    with inductor_config.patch(post_grad_custom_pre_pass=None):
+    with inductor_config.patch(dict.fromkeys(SLOTS)):
         plain = code_of_block()
-    with inductor_config.patch(post_grad_custom_pre_pass=[source_pass.SourcePass()]):
-        seen = source_pass.seen_ops()
+    with inductor_config.patch(kvarn_ops.lowering.inductor_options()):
+        before = record.recorded()
         assert code_of_block() == plain
-        assert source_pass.seen_ops() == seen
-
-
-def test_the_pass_of_a_user_still_runs() -> None:
-    graphs = []
-
-    class Theirs(torch._inductor.custom_graph_pass.CustomGraphPass):
-        def __call__(self, graph: torch.fx.Graph) -> None:
-            graphs.append(graph)
-
-        def uuid(self) -> str:
-            return "theirs"
-
-    theirs = Theirs()
-    with inductor_config.patch(post_grad_custom_pre_pass=theirs):
-        with kvarn_ops.patched(tiny_model()):
-            assert theirs in inductor_config.post_grad_custom_pre_pass
-            code_of_block()
-            assert len(graphs) == 1, "patch() took the place of the user's pass"
-        code_of_block()
-        assert len(graphs) == 2
-
-
-def test_options_for_one_compilation() -> None:
-    with inductor_config.patch(post_grad_custom_pre_pass=None):
-        options = kvarn_ops.lowering.inductor_options()
-        assert inductor_config.post_grad_custom_pre_pass is None
-        (own,) = [options["post_grad_custom_pre_pass"]]
-        assert isinstance(own, source_pass.SourcePass)
-        assert own.uuid().startswith("kvarn_ops-")
-        torch.compiler.reset()
-        with torch.no_grad():
-            torch.compile(lambda x: x + 1, options=options)(torch.ones(3))
+        assert record.recorded() == before

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch._inductor.config as inductor_config
 from torch import nn
 
 import kvarn_ops
-from kvarn_ops.lowering import source_pass
 from tiny_models import FAMILIES, random_ids, run, small_cache, tiny_model
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -120,72 +116,3 @@ def test_a_copy_is_patched_and_unpatched_on_its_own() -> None:
     with torch.no_grad():
         twin.model.embed_tokens.weight.mul_(-1)
     assert torch.equal(run(twin, ids, None), run(model, ids, None))
-
-
-# The Inductor pass
-
-
-def current() -> Any:
-    return inductor_config.post_grad_custom_pre_pass
-
-
-@pytest.fixture
-def _empty_slot() -> Iterator[None]:
-    """No pass of anybody in the slot: other tests of this process may hold patched models."""
-    gc.collect()
-    with inductor_config.patch(post_grad_custom_pre_pass=None):
-        users = dict(source_pass._users)
-        source_pass._users.clear()
-        yield
-        source_pass._users.update(users)
-
-
-@pytest.mark.usefixtures("_empty_slot")
-def test_the_pass_goes_with_the_last_patched_model() -> None:
-    assert current() is None
-    one, two = kvarn_ops.patch(tiny_model()), kvarn_ops.patch(tiny_model())
-    assert isinstance(current(), source_pass.SourcePass)
-    kvarn_ops.unpatch(one)
-    assert isinstance(current(), source_pass.SourcePass), "gone while a model is patched"
-    kvarn_ops.unpatch(two)
-    assert current() is None, "left behind by unpatch"
-
-
-@pytest.mark.usefixtures("_empty_slot")
-def test_the_pass_goes_when_the_model_is_collected() -> None:
-    model = kvarn_ops.patch(tiny_model(), "k8v8_g32")
-    model.generate(random_ids(1, 20), max_new_tokens=2)
-    assert current() is not None
-    del model
-    gc.collect()
-    assert current() is None, "the pass outlived the model, or something keeps the model alive"
-
-
-@pytest.mark.usefixtures("_empty_slot")
-def test_the_pass_stays_for_a_copy() -> None:
-    model = kvarn_ops.patch(tiny_model())
-    twin = copy.deepcopy(model)
-    kvarn_ops.unpatch(model)
-    assert current() is not None, "the copy would be compiled without the pass"
-    kvarn_ops.unpatch(twin)
-    assert current() is None
-
-
-@pytest.mark.usefixtures("_empty_slot")
-def test_passes_of_others_stay() -> None:
-    def theirs(graph: torch.fx.Graph) -> None:
-        pass
-
-    def later(graph: torch.fx.Graph) -> None:
-        pass
-
-    inductor_config.post_grad_custom_pre_pass = theirs
-    model = kvarn_ops.patch(tiny_model())
-    assert current()[0] is theirs
-    assert isinstance(current()[1], source_pass.SourcePass)
-    inductor_config.post_grad_custom_pre_pass = [*current(), later]
-    kvarn_ops.unpatch(model)
-    assert current() == [theirs, later]
-    inductor_config.post_grad_custom_pre_pass = theirs
-    kvarn_ops.unpatch(kvarn_ops.patch(model))
-    assert current() is theirs
