@@ -31,8 +31,8 @@ __all__ = [
     "new_slots",
     "query_count",
     "register_functional_rule",
-    "size_expression",
     "set_pass_slot",
+    "size_expression",
     "slots_take_lists",
 ]
 

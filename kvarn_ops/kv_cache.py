@@ -79,6 +79,8 @@ class KVCache(nn.Module):
         backend: str = "auto",
         **config_overrides: Any,
     ) -> None:
+        from .patching import Lifetime  # it imports the passes
+
         super().__init__()
         sizes = {"batch_size": batch_size, "num_kv_heads": num_kv_heads}
         for name, size in (sizes | {"max_cache_len": max_cache_len}).items():
@@ -102,6 +104,7 @@ class KVCache(nn.Module):
         matrix = hadamard(head_dim, device=device) if rotated else torch.zeros(0, 0, device=device)
         self.register_buffer("rotation", matrix, persistent=False)
         self._fix_addresses()
+        self._passes = Lifetime()
 
     def extra_repr(self) -> str:
         """Sizes and format."""

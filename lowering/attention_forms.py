@@ -101,7 +101,9 @@ def _spelled_out(softmax: Node) -> AttentionCall | None:
         user = users[0]
         if op_name(user) == "dropout":
             p = _argument(user, 1, "p", 0.5)
-            training = _argument(user, 2, "training" if "training" in user.kwargs else "train", True)
+            training = _argument(
+                user, 2, "training" if "training" in user.kwargs else "train", True
+            )
             dropout = p if training else 0.0
         elif op_name(user) == "matmul":
             break

@@ -12,13 +12,14 @@ from typing import TypeAlias
 import torch
 
 from .append_last import AppendLast
+from .fuse_attention import FuseAttention
 
 __all__ = ["POST_GRAD", "PRE_GRAD", "Pass"]
 
 Pass: TypeAlias = Callable[[torch.fx.Graph], int]
 
 # Graphs as Dynamo made them: torch functions and methods, in-place ops, the same for all devices.
-PRE_GRAD: tuple[Pass, ...] = ()
+PRE_GRAD: tuple[Pass, ...] = (FuseAttention(),)
 
 # Functional aten graphs, after AOTAutograd: in-place ops are inside auto_functionalized_v2.
 POST_GRAD: tuple[Pass, ...] = (AppendLast(),)

@@ -210,7 +210,7 @@ def test_impossible_sizes_are_refused(sizes: dict[str, int]) -> None:
 
 def test_compiled_decode_reads_tiles_in_place_and_never_recompiles(fresh_dynamo) -> None:
     """`append` and `attend` in one graph: positions are tensors, and no cache is copied."""
-    from torch._dynamo.utils import ReinplaceCounters
+    from torch._dynamo.utils import ReinplaceCounters, counters
 
     k, v = tokens(160)
     eager, cache = make(), make()
@@ -225,6 +225,7 @@ def test_compiled_decode_reads_tiles_in_place_and_never_recompiles(fresh_dynamo)
     causal = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
     generator = torch.Generator().manual_seed(1)
     ReinplaceCounters.clear()
+    counters.clear()
     with torch.inference_mode():
         for start in range(90, 160):
             q = torch.randn(B, Q, 1, D, generator=generator)
@@ -234,5 +235,5 @@ def test_compiled_decode_reads_tiles_in_place_and_never_recompiles(fresh_dynamo)
             torch.testing.assert_close(got, eager.attend(q), rtol=1e-4, atol=1e-4)
         with pytest.raises(CacheError, match="gap"):
             step(q, k[:, :, :1], v[:, :, :1], causal, positions(200, 1))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 1
     assert ReinplaceCounters.get_total_missed() == 0
