@@ -19,7 +19,7 @@ from .dense import Partial, dense_part, dense_part_traced, exponentials, softcap
 from .formula import Dot, dot_matmul, dot_unrolled, materialized, tile_output, tile_scores
 from .mask import hide, mask_of_tiles
 
-__all__ = ["attend", "attend_decode_traced", "tiles_of"]
+__all__ = ["attend", "attend_decode_traced", "attend_traced", "tiles_of"]
 
 _TILES_PER_CHUNK = 16
 _QUERIES_PER_BLOCK = 256
@@ -96,13 +96,7 @@ def attend_decode_traced(
 
     `k_new`, `v_new` are one token per row that is not in the cache yet, or none.
     """
-    batch, capacity = q.shape[0], cache.k_codes.shape[2]
-    # At least one tile keeps the shape non-empty; the mask hides it while none is live.
-    live = tiles_of(cache.seq_lens, config).max().clamp(1, capacity).item()
-    hint_size(live, _TYPICAL_TILES)
-    torch._check(live >= 1)
-    torch._check(live <= capacity)
-    new = torch.ones(batch, 1, k_new.shape[2], dtype=torch.bool, device=q.device)
+    new = torch.ones(q.shape[0], 1, k_new.shape[2], dtype=torch.bool, device=q.device)
     return _attend_block(
         q,
         cache,
@@ -114,10 +108,44 @@ def attend_decode_traced(
         scale,
         softcap,
         config,
-        [(0, live)],  # type: ignore[list-item]  (a SymInt)
+        [(0, _live_tiles_traced(cache, config))],
         dot_unrolled,
         shared,
     )
+
+
+def attend_traced(
+    q: Tensor,
+    cache: TileCache,
+    k_new: Tensor,
+    v_new: Tensor,
+    visible: Visible,
+    rotation: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+    config: KVarNConfig,
+) -> Tensor:
+    """`attend` for any number of queries that a graph does not know, by matrix products.
+
+    All live tiles are unpacked at once, plane by plane: in fp32, up to 4 bytes per code.
+    """
+    live = [(0, _live_tiles_traced(cache, config))]
+    options = (rotation, sink_logits, scale, softcap, config, live, dot_matmul, None)
+    return _attend_block(q, cache, k_new, v_new, visible, *options)
+
+
+def _live_tiles_traced(cache: TileCache, config: KVarNConfig) -> int:
+    """Live tiles of the longest row, a symbolic number.
+
+    At least one keeps shapes non-empty; the mask hides it while none is live.
+    """
+    most = cache.k_codes.shape[2]
+    live = tiles_of(cache.seq_lens, config).max().clamp(1, most).item()
+    hint_size(live, _TYPICAL_TILES)
+    torch._check(live >= 1)
+    torch._check(live <= most)
+    return live  # type: ignore[return-value]
 
 
 def _attend_block(

@@ -26,6 +26,7 @@ from ..reference.attention import Visible
 from .append import append_, store
 from .attend import attend_decode_traced, attend_first
 from .library import CACHE_ARGS, CACHE_MUTATED_ARGS, CACHE_RETURNS, SHARED_ARGS, define
+from .portable import portable_target, step_portable
 from .validate import (
     check_attention,
     check_for_kernels,
@@ -216,12 +217,23 @@ def _step_traced(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict | Non
     window = more[0] if more else 0
     decode = q.shape[2] == 1 and valid is None
     offloaded = cache.k_codes.device != q.device
+    config, target = KVarNConfig.from_string(config_line), portable_target()
+    if target is not None and shared is None and not offloaded:
+        options = (cache, rotation, sinks, scale, softcap, config, target)
+        with mode:
+            visible = Visible(
+                _new_visible(q, k, valid, rest[_CACHE_LEN + 4], window),
+                _first_visible(cache, k, valid, window),
+            )
+            out, fresh = step_portable(q, k, v, valid, visible, *options)
+            for tensor, new in zip(cache, fresh, strict=True):
+                tensor.copy_(new)
+            return out
     whole = kwargs or not decode or offloaded or keeps_custom_ops()
     if backend == "triton":
         whole = whole or not dispatch.traces_kernels()
     if whole or backend == "reference":
         return mode.__torch_dispatch__(op, types, args, kwargs)
-    config = KVarNConfig.from_string(config_line)
     with mode:
         first = _first_visible(cache, k, None, window)
         if backend == "triton":

@@ -1,0 +1,275 @@
+"""A step without custom ops, for programs that leave Python: AOTInductor, ONNX, engines.
+
+The arithmetic of `kvarn::step_` as one straight graph for any number of new tokens up to a limit.
+Lengths are read by the graph and never by Python. Tiles are encoded behind a conditional, so that a
+step that finishes none does not pay for it. Nothing can be raised there: a row with more tokens
+than fit gives NaN, and its tiles are written no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import KVarNConfig
+from ..layout import TileCache, capacity
+from ..reference.attention import Visible
+from ..reference.encode import encode_keys, encode_values, first_equalizer
+from .attend import attend_decode_traced, attend_traced
+from .dense import tiles_of
+
+__all__ = ["PortableTarget", "append_portable", "portable", "portable_target", "step_portable"]
+
+_CACHE_LEN = len(TileCache._fields)
+
+
+class PortableTarget(NamedTuple):
+    """What a program without custom ops is traced for.
+
+    `fast_decode` adds a branch for one new token in the form that Inductor fuses.
+    """
+
+    max_new_tokens: int
+    fast_decode: bool
+
+
+_target: ContextVar[PortableTarget | None] = ContextVar("kvarn_portable_target", default=None)
+
+
+@contextmanager
+def portable(max_new_tokens: int, *, fast_decode: bool) -> Iterator[None]:
+    """Steps traced in this block, by `run_decompositions` say, contain none of our ops."""
+    token = _target.set(PortableTarget(max_new_tokens, fast_decode))
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def portable_target() -> PortableTarget | None:
+    """The target of the block `portable` that is open."""
+    return _target.get()
+
+
+class _Span(NamedTuple):
+    """Where the new tokens of each row go; all `[B]` int64."""
+
+    start: Tensor  # tokens before
+    count: Tensor  # new ones, padding aside
+
+    @property
+    def stop(self) -> Tensor:
+        return self.start + self.count
+
+
+def step_portable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    visible: Visible,
+    cache: TileCache,
+    rotation: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+    config: KVarNConfig,
+    target: PortableTarget,
+) -> tuple[Tensor, TileCache]:
+    """Attend to the cache and to the new tokens, and the cache with them.
+
+    Parameters
+    ----------
+    q, k, v : Tensor
+        `[B, H_q, S, D]` and `[B, H_kv, S, D]`, S at most `target.max_new_tokens`.
+    valid : Tensor or None
+        `[B, S]` bool, False for padding.
+    visible : Visible
+        Which tokens the queries see.
+
+    Returns
+    -------
+    out : Tensor
+        `[B, H_q, S, D]`.
+    cache : TileCache
+        New tensors; the old ones are not written.
+    """
+    # Operands of a conditional may not share memory, as parts of one projection do.
+    q, k, v = q.clone(), k.clone(), v.clone()
+    options = (rotation, sink_logits, scale, softcap, config)
+    if target.fast_decode:
+        out = _attend_by_count(q, k, v, visible, cache, options)
+    else:
+        out = attend_traced(q, cache, k, v, visible, *options)
+    span = _Span(cache.seq_lens, _count(k, valid))
+    full = span.stop > capacity(config, cache.k_codes.shape[2])
+    out = out.masked_fill(full[:, None, None, None], torch.nan)
+    return out, append_portable(k, v, valid, cache, rotation, config, target.max_new_tokens)
+
+
+def append_portable(
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    cache: TileCache,
+    rotation: Tensor,
+    config: KVarNConfig,
+    max_new_tokens: int,
+) -> TileCache:
+    """The cache with new tokens; arguments as in `step_portable`."""
+    span = _Span(cache.seq_lens, _count(k, valid))
+    if valid is not None:
+        order = _order_of_valid(valid)
+        k, v = _pick(k, order), _pick(v, order)
+    sinks, ring, tiles = config.num_sink_tokens, cache.k_tail.shape[2], cache.k_codes.shape[2]
+    device = k.device
+
+    position = torch.arange(sinks, device=device).expand(k.shape[0], -1)
+    k_sink = _updated(cache.k_sink, k, position, span)
+    v_sink = _updated(cache.v_sink, v, position, span)
+
+    slot = torch.arange(ring, device=device)
+    newest = span.stop[:, None] - sinks - 1  # position after the sinks
+    body = slot + ring * torch.div(newest - slot, ring, rounding_mode="floor")
+    position = torch.where(body < 0, -1, body + sinks)
+    k_tail = _updated(cache.k_tail, k, position, span)
+    v_tail = _updated(cache.v_tail, v, position, span)
+
+    # More tiles than there are cannot be finished; the places below stay distinct.
+    most = min(-(-max_new_tokens // config.group_size), tiles)
+    tile = tiles_of(span.start, config)[:, None] + torch.arange(most, device=device)  # [B, most]
+    finished = (tile < tiles_of(span.stop, config)[:, None]) & (tile < tiles)
+    encoded = _encoded_if_any(k, v, tile, finished, span, cache, rotation, config)
+    place = tile % tiles
+    packed = [
+        _with_tiles(old, new, place, finished)
+        for old, new in zip(cache.packed, encoded[:-2], strict=True)
+    ]
+    return TileCache(*packed, k_sink, v_sink, k_tail, v_tail, *encoded[-2:], span.stop)
+
+
+def _attend_by_count(
+    q: Tensor, k: Tensor, v: Tensor, visible: Visible, cache: TileCache, options: tuple
+) -> Tensor:
+    """`attend_traced`, or `attend_decode_traced` if there is one new token."""
+    rotation, sink_logits, scale, softcap, config = options
+    extra = [x for x in (*visible[:3], sink_logits) if x is not None]
+
+    def unpacked(operands: tuple[Tensor, ...]) -> tuple:
+        q, k, v, rotation, *rest = operands
+        cache, given = TileCache(*rest[:_CACHE_LEN]), iter(rest[_CACHE_LEN:])
+        parts = [None if x is None else next(given) for x in (*visible[:3], sink_logits)]
+        return q, k, v, cache, Visible(*parts[:3]), (rotation, parts[3], scale, softcap, config)
+
+    def one(*operands: Tensor) -> Tensor:
+        q, k, v, cache, seen, options = unpacked(operands)
+        first = None if seen.first is None else seen.first.narrow(1, 0, 1)
+        q, k, v = (x.narrow(2, 0, 1) for x in (q, k, v))
+        out = attend_decode_traced(q, cache, k, v, *options, None, first)
+        return out.expand(-1, -1, operands[0].shape[2], -1).contiguous()
+
+    def several(*operands: Tensor) -> Tensor:
+        q, k, v, cache, seen, options = unpacked(operands)
+        return attend_traced(q, cache, k, v, seen, *options).contiguous()
+
+    operands = (q, k, v, rotation, *cache, *extra)
+    return torch.ops.higher_order.cond(q.shape[2] == 1, one, several, operands)
+
+
+def _count(k: Tensor, valid: Tensor | None) -> Tensor:
+    """`[B]` int64: new tokens of each row."""
+    if valid is not None:
+        return valid.sum(-1)
+    return torch.full((k.shape[0],), k.shape[2], dtype=torch.int64, device=k.device)
+
+
+def _order_of_valid(valid: Tensor) -> Tensor:
+    """`[B, S]` int64: the index of the j-th valid token; any index where there are fewer."""
+    before = valid.long().cumsum(-1)  # [B, S]
+    rank = torch.arange(valid.shape[1], device=valid.device)
+    return (before.unsqueeze(1) <= rank[:, None]).sum(-1).clamp_max(valid.shape[1] - 1)
+
+
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens `[B, H, n, D]` of `x` `[B, H, S, D]` at `index` `[B, n]`."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _updated(held: Tensor, new: Tensor, position: Tensor, span: _Span) -> Tensor:
+    """Slots `[B, H, n, D]` that belong to `position` `[B, n]`, with the new tokens in theirs."""
+    rank = position - span.start[:, None]
+    fresh = (rank >= 0) & (rank < span.count[:, None])
+    picked = _pick(new, rank.clamp_min(0).clamp_max(new.shape[2] - 1))
+    return torch.where(fresh[:, None, :, None], picked, held)
+
+
+def _encoded_if_any(
+    k: Tensor,
+    v: Tensor,
+    tile: Tensor,
+    finished: Tensor,
+    span: _Span,
+    cache: TileCache,
+    rotation: Tensor,
+    config: KVarNConfig,
+) -> tuple[Tensor, ...]:
+    """Fields of the tiles `tile` `[B, n]`, and both equalizers; zeros if no tile is finished."""
+    group, sinks, ring = config.group_size, config.num_sink_tokens, cache.k_tail.shape[2]
+    batch, most = tile.shape
+
+    def encode(
+        k: Tensor, v: Tensor, k_tail: Tensor, v_tail: Tensor, k_equalizer: Tensor,
+        v_equalizer: Tensor, tile: Tensor, finished: Tensor, start: Tensor, rotation: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        body = (tile[..., None] * group + torch.arange(group, device=k.device)).flatten(1)
+        rank = body + sinks - start[:, None]  # [B, n * G] among the new tokens
+
+        def tokens(new: Tensor, tail: Tensor) -> Tensor:
+            fresh = _pick(new, rank.clamp_min(0).clamp_max(new.shape[2] - 1))
+            held = _pick(tail, body % ring)
+            chosen = torch.where((rank >= 0)[:, None, :, None], fresh, held)
+            return chosen.unflatten(2, (most, group))
+
+        keys, values = tokens(k, k_tail), tokens(v, v_tail)
+        if config.equalizes:
+            opens = ((tile[:, 0] == 0) & finished[:, 0])[:, None, None]
+            k_equalizer = torch.where(opens, first_equalizer(keys[:, :, 0], config), k_equalizer)
+            v_equalizer = torch.where(opens, first_equalizer(values[:, :, 0], config), v_equalizer)
+        of_k = encode_keys(keys, config, rotation, k_equalizer.unsqueeze(2))
+        of_v = encode_values(values, config, rotation, v_equalizer.unsqueeze(2))
+        return tuple(
+            x.contiguous() for x in (*of_k, *of_v, k_equalizer.clone(), v_equalizer.clone())
+        )
+
+    def nothing(
+        k: Tensor, v: Tensor, k_tail: Tensor, v_tail: Tensor, k_equalizer: Tensor,
+        v_equalizer: Tensor, *rest: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        fields = cache.packed
+        made = [
+            torch.zeros((batch, field.shape[1], most, *field.shape[3:]), dtype=field.dtype,
+                        device=k.device)
+            for field in fields
+        ]  # fmt: skip
+        return (*made, k_equalizer.clone(), v_equalizer.clone())
+
+    operands = (
+        k, v, cache.k_tail, cache.v_tail, cache.k_equalizer, cache.v_equalizer, tile, finished,
+        span.start, rotation,
+    )  # fmt: skip
+    return torch.ops.higher_order.cond(finished.any(), encode, nothing, operands)
+
+
+def _with_tiles(old: Tensor, new: Tensor, place: Tensor, finished: Tensor) -> Tensor:
+    """`old` `[B, H, N, ...]` with tiles `new` `[B, H, n, ...]` in their places, if finished."""
+    row = torch.arange(place.shape[0], device=place.device)[:, None]
+    index = [row, None, place]
+    shape = (*place.shape, *[1] * (old.ndim - 2))
+    kept = torch.ops.aten.index.Tensor(old, index)  # [B, n, H, ...]
+    chosen = torch.where(finished.reshape(shape), new.transpose(1, 2), kept)
+    return torch.ops.aten.index_put.default(old, index, chosen)
