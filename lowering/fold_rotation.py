@@ -25,7 +25,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from kvarn_ops.errors import CacheError, UnsupportedModelError, reason
 from kvarn_ops.hadamard import hadamard
 from kvarn_ops.hf.adapter import PatchRecord, attention_configs
-from kvarn_ops.hf.attention import FOLDED
+from kvarn_ops.hf.frame import FOLDED, Folded
+from kvarn_ops.reference.normalize import equalizer
 
 from .fold_probe import Wiring, eager_eval, find_wirings
 from .folded_linear import FOLDABLE_DTYPES, FoldedLinear, Folding, fold_linear, unfold_linear
@@ -59,7 +60,7 @@ def fold_rotation(wrapper: nn.Module, model: Any, record: PatchRecord) -> None:
     packed = [report for report in record.layers if report.packed]
     modules = [model.get_submodule(report.module) for report in packed]
     with eager_eval(model):
-        reasons = _fold_modules(wrapper, model, modules)
+        reasons = _fold_modules(wrapper, model, modules, record.config.equalizes)
     said = {
         report.index: "packed, rotation folded" if why is None else f"packed, not folded: {why}"
         for report, why in zip(packed, reasons, strict=True)
@@ -100,7 +101,9 @@ def unfold_rotation(model: nn.Module) -> None:
         vars(module).pop(FOLDED, None)
 
 
-def _fold_modules(wrapper: nn.Module, model: Any, modules: list[nn.Module]) -> list[str | None]:
+def _fold_modules(
+    wrapper: nn.Module, model: Any, modules: list[nn.Module], equalize: bool
+) -> list[str | None]:
     """Fold each attention module that can be folded; None, or why not."""
     if why := _why_no_module(wrapper):
         return [why] * len(modules)
@@ -118,7 +121,7 @@ def _fold_modules(wrapper: nn.Module, model: Any, modules: list[nn.Module]) -> l
         if isinstance(wiring, Wiring):
             why = why_not(wiring.values) or why_not(wiring.output)
             if why is None:
-                _fold_module(module, wiring)
+                _fold_module(module, wiring, equalize)
         found.append(why)
     if None in found:
         after = _outputs(model, _PROBE_TOKENS)
@@ -130,12 +133,32 @@ def _fold_modules(wrapper: nn.Module, model: Any, modules: list[nn.Module]) -> l
     return found
 
 
-def _fold_module(module: nn.Module, wiring: Wiring) -> None:
-    rotation = hadamard(wiring.value_rows.shape[1], torch.float64)
-    fold_linear(wiring.values, Folding(wiring.value_rows, rotation, is_input=False))
-    fold_linear(wiring.output, Folding(wiring.output_columns, rotation, is_input=True))
+def _fold_module(module: nn.Module, wiring: Wiring, equalize: bool) -> None:
+    values, rows, output, columns = wiring
+    rotation = hadamard(rows.shape[1], torch.float64)
+    factor = torch.ones_like(rows, dtype=torch.float64)
+    if equalize:
+        factor = _channel_factors(values, rows)
+    # Query head h reads KV head h // (heads per KV head), everywhere.
+    read = factor.repeat_interleave(len(columns) // len(rows), dim=0)
+    fold_linear(values, Folding(rows, 1 / factor, rotation, is_input=False))
+    fold_linear(output, Folding(columns, read, rotation, is_input=True))
     names = {id(part): name for name, part in module.named_modules()}
-    vars(module)[FOLDED] = (names[id(wiring.values)], names[id(wiring.output)])
+    frame = "equalized and rotated by its weights" if equalize else "rotated by its weights"
+    vars(module)[FOLDED] = Folded(frame, names[id(values)], names[id(output)])
+
+
+def _channel_factors(values: nn.Linear, rows: Tensor) -> Tensor:
+    """`[H_kv, D]` float64: what `plus` divides channels by before it rotates them.
+
+    A cache that gets rotated values cannot do that. Here the weights say how loud a channel is,
+    as far as they know: inputs are taken for equally loud and uncorrelated.
+    """
+    index = rows.to(values.weight.device)
+    parts = values.weight.detach()[index].double()  # [H_kv, D, in]
+    if values.bias is not None:
+        parts = torch.cat([parts, values.bias.detach()[index].double().unsqueeze(-1)], dim=-1)
+    return torch.exp2(equalizer(parts.mT).double()).cpu()
 
 
 def _why_no_module(wrapper: nn.Module) -> str | None:
@@ -186,7 +209,8 @@ def _outputs(model: Any, count: int) -> Tensor:
 
 def _check_whole(module: nn.Module, args: Any) -> None:
     """Forward pre-hook: both projections are still those that were folded."""
-    for name in vars(module)[FOLDED]:
+    folded: Folded = vars(module)[FOLDED]
+    for name in (folded.values, folded.output):
         part = module.get_submodule(name)
         if type(part) is not FoldedLinear:
             raise CacheError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,31 @@ class Folding(NamedTuple):
     """Which features of a linear layer are rotated, in which frame."""
 
     features: Tensor  # [heads, head_dim] int64: rows of the weight, or columns if `is_input`
+    scale: Tensor  # [heads, head_dim] float64, by which the weights of a feature are multiplied
     rotation: Tensor  # [head_dim, head_dim] float64
     is_input: bool  # the layer reads rotated features; else it writes them
+
+    def of_weights(self, x: Tensor, dim: int) -> Tensor:
+        """Weights with `features` in `dim` scaled and rotated, rounded once."""
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        scale, rotation = self.scale.to(x.device, wide), self.rotation.to(x.device, wide)
+        return self._changed(x, dim, wide, lambda heads: heads * scale @ rotation)
+
+    def of_activations(self, x: Tensor) -> Tensor:
+        """What weights do, done to features `[..., n]`: rotate outputs, or rotate inputs back."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale, rotation = self.scale.to(x.device, wide), self.rotation.to(x.device, wide)
+        if self.is_input:
+            return self._changed(x, -1, wide, lambda heads: heads @ rotation.mT * scale)
+        return self._changed(x, -1, wide, lambda heads: heads * scale @ rotation)
+
+    def _changed(
+        self, x: Tensor, dim: int, wide: torch.dtype, change: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        index = self.features.flatten().to(x.device)
+        heads = x.index_select(dim, index).movedim(dim, -1).to(wide)
+        changed = change(heads.unflatten(-1, self.features.shape)).to(x.dtype)
+        return x.index_copy(dim, index, changed.flatten(-2).movedim(-1, dim))
 
 
 class FoldedLinear(nn.Linear):
@@ -43,10 +67,8 @@ class FoldedLinear(nn.Linear):
         folding = self.kvarn_folding
         if torch.is_grad_enabled() and self._wants_gradients():
             if folding.is_input:
-                input = _turned(input, -1, folding.features, folding.rotation.mT, torch.float32)
-                return F.linear(input, self.weight, self.bias)
-            output = F.linear(input, self.weight, self.bias)
-            return _turned(output, -1, folding.features, folding.rotation, torch.float32)
+                return F.linear(folding.of_activations(input), self.weight, self.bias)
+            return folding.of_activations(F.linear(input, self.weight, self.bias))
         if not is_compiling():
             self.refresh()
         bias = self.bias if folding.is_input else self.kvarn_bias
@@ -69,12 +91,10 @@ class FoldedLinear(nn.Linear):
                 f"{type(self.weight).__name__} of {self.weight.dtype}: call "
                 "kvarn_ops.unpatch(model) first, then quantize or convert, then patch again."
             )
-        features, rotation, is_input = self.kvarn_folding
-        wide = torch.float32 if self.weight.device.type == "mps" else torch.float64
-        weight = _turned(self.weight, 1 if is_input else 0, features, rotation, wide)
-        bias = None
-        if self.bias is not None and not is_input:
-            bias = _turned(self.bias, 0, features, rotation, wide)
+        folding, bias = self.kvarn_folding, None
+        weight = folding.of_weights(self.weight, 1 if folding.is_input else 0)
+        if self.bias is not None and not folding.is_input:
+            bias = folding.of_weights(self.bias, 0)
         for name, new in (("kvarn_weight", weight), ("kvarn_bias", bias)):
             old = self._buffers.get(name)
             if old is not None and new is not None and _alike(old, new):
@@ -112,14 +132,6 @@ def unfold_linear(linear: FoldedLinear) -> None:
     for name in ("kvarn_folding", "kvarn_weight", "kvarn_bias", "kvarn_source"):
         delattr(linear, name)
     linear.__class__ = nn.Linear  # type: ignore[assignment]
-
-
-def _turned(x: Tensor, dim: int, features: Tensor, matrix: Tensor, wide: torch.dtype) -> Tensor:
-    """`x` with its `features` in `dim` multiplied by `matrix`, head by head, rounded once."""
-    index = features.flatten().to(x.device)
-    heads = x.index_select(dim, index).movedim(dim, -1).to(wide).unflatten(-1, features.shape)
-    turned = (heads @ matrix.to(x.device, wide)).to(x.dtype)
-    return x.index_copy(dim, index, turned.flatten(-2).movedim(-1, dim))
 
 
 def _source(weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:

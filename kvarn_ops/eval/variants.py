@@ -6,7 +6,7 @@ says what came of them; `kvarn-ops eval --methods plus,plus/k_token` measures on
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,9 +44,6 @@ class Variant:
         Whether a zero point of K belongs to a "channel" or to a "token".
     rotate_keys, rotate_values : bool
         Hadamard rotation.
-    fold_values : bool
-        Values arrive rotated, as from `patch(fold_rotation=True)`: their channels are equalized
-        after the rotation.
     key_zero, value_zero : str
         "fp16", "int8" or "none" (codes symmetric around 0).
     row_scale, column_scale, token_scale : str
@@ -62,7 +59,6 @@ class Variant:
     key_rows: str = "channel"
     rotate_keys: bool = True
     rotate_values: bool = True
-    fold_values: bool = False
     key_zero: str = "fp16"
     value_zero: str = "fp16"
     row_scale: str = "fp16"
@@ -80,10 +76,6 @@ class Variant:
 
     def values(self, tile: Tensor, first: Tensor, config: KVarNConfig) -> Tensor:
         """`[..., G, D]` as it would be read back."""
-        if self.fold_values:
-            tile, matrix = _rotate(tile, True)
-            unfolded = replace(self, fold_values=False, rotate_values=False)
-            return unfolded.values(tile, _rotate(first, True)[0], config) @ matrix.mT
         factors = _factors(first, self.equalize_values)
         x, matrix = _rotate(tile / factors, self.rotate_values)
         return self._restore(x, config.value_bits, self.value_zero, True) @ matrix.mT * factors
@@ -230,7 +222,6 @@ VARIANTS = {
     "k_token": Variant(key_rows="token"),
     "k_unrotated": Variant(rotate_keys=False),
     "v_unrotated": Variant(rotate_values=False),
-    "v_folded": Variant(fold_values=True),
     "v_symmetric": Variant(value_zero="none"),
     "kv_symmetric": Variant(key_zero="none", value_zero="none"),
     "k_token_symmetric": Variant(key_rows="token", key_zero="none", value_zero="none"),

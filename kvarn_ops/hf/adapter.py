@@ -17,9 +17,9 @@ from transformers.cache_utils import Cache
 from .._compat import is_compiling
 from ..config import KVarNConfig
 from ..errors import CacheError, InputError
-from .attention import FOLDED, LAYER_KWARG, is_wrapped, unwrapped, wrapped
+from .attention import LAYER_KWARG, is_wrapped, unwrapped, wrapped
 from .cache import KVarNCache
-from .frame import take_frame
+from .frame import frame_of, take_frame
 from .generation import OVERRIDES
 from .inspection import LayerReport, attention_modules, inspect_model
 from .layer import KVarNLayer
@@ -121,9 +121,7 @@ def _pass_layer(
     layer = cache.layers[module.layer_idx]
     if not isinstance(layer, KVarNLayer):
         return None
-    folded = FOLDED in vars(module)
-    if layer.folded is not folded:
-        take_frame(layer, folded)
+    take_frame(layer, frame_of(module))
     layer.armed = True
     return args, kwargs | {LAYER_KWARG: layer}
 

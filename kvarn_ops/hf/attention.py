@@ -21,10 +21,9 @@ from .._compat import is_compiling, new_slots
 from ..errors import InputError, UnsupportedModelError
 from .layer import KVarNLayer
 
-__all__ = ["FOLDED", "LAYER_KWARG", "is_wrapped", "unwrapped", "wrapped"]
+__all__ = ["LAYER_KWARG", "is_wrapped", "unwrapped", "wrapped"]
 
 LAYER_KWARG = "kvarn_layer"
-FOLDED = "kvarn_folded"  # attribute of attention modules whose values arrive rotated
 ATTENTION_PREFIX = "kvarn_"  # of the attention implementation's name in a patched model's config
 
 

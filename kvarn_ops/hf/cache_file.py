@@ -29,7 +29,7 @@ from ..errors import CacheError
 from ..layout import PackedTiles, TileCache, allocate
 from . import stock
 from .fork import copy_live, merged
-from .frame import take_frame
+from .frame import OWN_FRAME, take_frame
 from .layer import KVarNLayer
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def save(cache: KVarNCache, path: str | Path) -> None:
             {
                 "class": "KVarNLayer",
                 "slots": int(layer.cumulative_length),
-                "folded": layer.folded,
+                "frame": layer.frame,
             }
         )
     header = {
@@ -128,7 +128,7 @@ def load(
                 f"of transformers makes a {type(layer).__name__}: fill a new cache."
             )
         if isinstance(layer, KVarNLayer):
-            take_frame(layer, entry.get("folded", False))
+            take_frame(layer, entry.get("frame", OWN_FRAME))
             _fill(layer, f"layers.{index}", tensors, entry["slots"], device, path)
         else:
             stock.update_from_plain(layer, entry["state"], tensors, device)

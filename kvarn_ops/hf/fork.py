@@ -26,12 +26,12 @@ def forked(layer: KVarNLayer, copies: int, max_cache_len: int) -> KVarNLayer:
     """A layer of `copies` rows for every row of `layer`, side by side, sharing finished tiles."""
     fork = KVarNLayer(
         max_cache_len,
-        layer.frames[False].config,
+        layer.forms[False].config,
         layer.backend,
         layer._rotations,
         layer.offload_tiles,
     )
-    take_frame(fork, layer.folded)
+    take_frame(fork, layer.frame)
     fork.is_compileable = layer.is_compileable
     fork.cumulative_length = layer.cumulative_length.clone()
     if layer.tiles is None:

@@ -404,14 +404,17 @@ def test_a_cache_belongs_to_one_frame(tmp_path: Path) -> None:
     kvarn_ops.patch(model, PRESET, num_sink_tokens=8)
     held = [tensor.clone() for tensor in cache.layers[0].tiles]
     for used in (cache, loaded, fork):
-        with pytest.raises(CacheError, match="filled by a model with fold_rotation"):
+        with pytest.raises(CacheError, match="equalized and rotated by its weights, and the model"):
             run(model, IDS[: used.layers[0].batch_size, :1], used)
     assert all(map(torch.equal, cache.layers[0].tiles, held))
     plain = small_cache(model)
     run(model, IDS, plain)
     kvarn_ops.unpatch(model)
-    with pytest.raises(CacheError, match="without fold_rotation=True and is now used with"):
+    with pytest.raises(CacheError, match="values as the model makes them, and the model"):
         run(fold(model), IDS[:, :1], plain)
+    kvarn_ops.unpatch(model)
+    with pytest.raises(CacheError, match="gives them rotated by its weights"):
+        run(fold(model, encoder="paper"), IDS[:, :1], cache)
 
 
 def test_contradictory_settings_are_refused() -> None:
