@@ -71,9 +71,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("fold_quality.csv"))
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--placements", type=int, default=3)
+    parser.add_argument("--placements", type=int, default=2)
     parser.add_argument("--block", type=int, default=64)
     args = parser.parse_args()
     results = ResultFile(args.out, KEYS)
@@ -101,7 +101,7 @@ def text(args: argparse.Namespace) -> Any:
     cut = cut_windows(tokens, args.context + 1, args.windows)
     windows = torch.stack([subject.codec.start(window.ids) for window in cut])
     for name, model in models(subject.model, args.placements):
-        for preset in ("k2v2", "k4v2", "k4v4"):
+        for preset in ("k2v2", "k4v2"):
             config = kvarn_ops.KVarNConfig.from_preset(preset)
             how = protocol("pseudo", config, args.block)
             dense = DenseRun(lambda model=model: model, windows, how)

@@ -134,12 +134,12 @@ def unpatch(model: _Model) -> _Model:
     for target in _patched_parts(model):
         from .hf import adapter
 
-        folded = vars(target)["_kvarn_patch"].fold_rotation
+        record = vars(target)["_kvarn_patch"]
         adapter.detach(target)
-        if folded:
+        if record.fold_rotation:
             from .lowering.fold_rotation import unfold_rotation
 
-            unfold_rotation(target)
+            unfold_rotation(target, record)
         _logger.info("%s: unpatched.", _name(target))
     return model
 

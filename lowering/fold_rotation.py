@@ -1,10 +1,11 @@
 """Fold the Hadamard rotation `H` of values into the projections around the cache.
 
 Before: `v_proj -> cache: rotate, encode ... attention: decode, sum, rotate back -> o_proj`
-After:  `v_proj H -> cache: encode ... attention: decode, sum -> H^T o_proj`
+After:  `v_proj F H -> cache: encode ... attention: decode, sum -> H^T F^-1 o_proj`
 
 The same function in exact arithmetic: weights are multiplied once instead of values at every
-encode and outputs at every step. No pass over a graph: it acts on a model, before anything is
+encode and outputs at every step. `F` is a factor per channel, since `plus` cannot equalize channels
+that arrive rotated; 1 for `paper`. No pass over a graph: it acts on a model, before anything is
 traced, where a trial run shows that nothing lies between the projections and the cache.
 """
 
@@ -16,7 +17,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -89,12 +90,18 @@ def fold_rotation(wrapper: nn.Module, model: Any, record: PatchRecord) -> None:
     )
 
 
-def unfold_rotation(model: nn.Module) -> None:
-    """Undo `fold_rotation`, hooks excepted; nothing happens to a model that is not folded."""
+def unfold_rotation(model: nn.Module, record: PatchRecord) -> None:
+    """Undo `fold_rotation`, except for the handles of the record."""
+    _unfold_modules(model)
+    record.guard = None
+    AdapterGuard.retire()
     for name in _ADAPTER_METHODS:
         own = vars(model).get(name)
         if isinstance(own, functools.partial) and own.func is _refuse_adapter:
             del vars(model)[name]
+
+
+def _unfold_modules(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FoldedLinear):
             unfold_linear(module)
@@ -127,7 +134,7 @@ def _fold_modules(
         after = _outputs(model, _PROBE_TOKENS)
         change = ((after - before).norm() / before.norm()).item()
         if not change < _ROUNDING[model.dtype]:
-            unfold_rotation(model)
+            _unfold_modules(model)
             why = f"the model's outputs would change by {change:.1g}: values are read elsewhere too"
             found = [why if was is None else was for was in found]
     return found
@@ -204,7 +211,7 @@ def _outputs(model: Any, count: int) -> Tensor:
     """First output (logits, or hidden states) for `count` fixed tokens, without a cache."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
-    return model(input_ids=ids.to(model.device), use_cache=False)[0].double()
+    return model(input_ids=ids.to(model.device), use_cache=False)[0].cpu().double()
 
 
 def _check_whole(module: nn.Module, args: Any) -> None:
@@ -237,11 +244,26 @@ def _refuse_wrapping(module: nn.Module, name: str, submodule: nn.Module | None) 
 
 
 class AdapterGuard:
-    """Refuses PEFT's own ways to add an adapter while a folded model or a copy of it lives."""
+    """Refuses PEFT's own ways to add an adapter, as long as such an object lives.
+
+    The hook goes with `unpatch` only, not with a model that is collected: Dynamo may be reading the
+    table of hooks then.
+    """
+
+    _living: ClassVar[weakref.WeakSet[AdapterGuard]] = weakref.WeakSet()
+    _handle: ClassVar[Any] = None
 
     def __init__(self) -> None:
-        handle = register_module_module_registration_hook(_refuse_wrapping)
-        weakref.finalize(self, handle.remove)
+        self._living.add(self)
+        if AdapterGuard._handle is None:
+            AdapterGuard._handle = register_module_module_registration_hook(_refuse_wrapping)
+
+    @classmethod
+    def retire(cls) -> None:
+        """Remove the hook if nothing needs it."""
+        if not cls._living and cls._handle is not None:
+            cls._handle.remove()
+            cls._handle = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterGuard:
         return self

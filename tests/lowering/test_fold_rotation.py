@@ -5,6 +5,7 @@ Its compiled form and its copies are in test_fold_rotation_life.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import kvarn_ops
 from kvarn_ops.errors import CacheError, ConfigError
 from tiny_models import random_ids, run, small_cache, teacher_forced, tiny_model
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from tiny_families import build
 
 PRESET = "k8v8_g32"
 IDS = random_ids(2, 120)
@@ -145,6 +149,33 @@ def test_a_rearrangement_is_followed(change: Callable[[Any], None]) -> None:
     fold(model)
     assert set(reasons(model)) == {"packed, rotation folded"}
     assert distance(run(model, IDS, None), dense) < 1e-5
+
+
+@pytest.mark.transformers("5.17", "not all of these families are there")
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("gpt_neox", "packed, rotation folded"),  # q, k, v of a head side by side in one projection
+        ("gpt_oss", "packed, rotation folded"),  # attention sinks
+        ("gpt_bigcode", "packed, rotation folded"),  # one KV head, fused
+        ("olmo", "packed, rotation folded"),
+        ("dbrx", "not the output of one linear layer"),  # clamps values
+        ("gemma3n_text", "not the output of one linear layer"),  # normalizes values
+        ("qwen3_next", "is not attention's output"),  # gates outputs
+        ("bitnet", "is not attention's output"),  # normalizes outputs
+    ],
+)
+def test_families_of_transformers(family: str, said: str) -> None:
+    model = build(family)
+    ids = random_ids(1, 60)
+    dense = run(model, ids, None)
+    fold(model)
+    assert reasons(model)
+    assert all(said in reason for reason in reasons(model)), reasons(model)
+    assert distance(run(model, ids, None), dense) < 1e-5
+    cache = small_cache(model, 96)
+    run(model, ids[:, :50], cache)
+    assert distance(run(model, ids[:, 50:], cache), dense[:, 50:]) < 0.05
 
 
 class Gate(nn.Module):

@@ -47,6 +47,7 @@ def everything(model: nn.Module) -> dict[str, Any]:
 
 
 def test_unpatch_leaves_nothing() -> None:
+    gc.collect()  # models of earlier tests
     model = tiny_model(attention_bias=True)
     before = everything(model)
     for _ in range(2):
@@ -54,7 +55,6 @@ def test_unpatch_leaves_nothing() -> None:
         assert everything(model) != before
         kvarn_ops.unpatch(model)
         assert everything(model) == before
-    gc.collect()
     assert not nn_module._global_module_registration_hooks
 
 
@@ -108,6 +108,7 @@ def test_compiled_with_gradients() -> None:
 
 @pytest.mark.parametrize("how", ["pickle", "deepcopy"])
 def test_copies_stand_on_their_own(how: str) -> None:
+    gc.collect()  # models of earlier tests
     model = folded()
     cache = small_cache(model)
     run(model, IDS[:, :60], cache)
@@ -123,8 +124,6 @@ def test_copies_stand_on_their_own(how: str) -> None:
     with pytest.raises(UnsupportedModelError, match="unpatch"):
         twin.add_adapter(None)
     assert torch.equal(run(kvarn_ops.unpatch(twin), IDS, None), dense)
-    del model, twin
-    gc.collect()
     assert not nn_module._global_module_registration_hooks
 
 
