@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import evaluation_tables as evaluated
+import fold_tables as folding
 from markdown_table import markdown
 
 from kvarn_ops.benchmark.results import measured
@@ -25,6 +26,7 @@ DOCS = HERE.parent / "docs"
 PAGES = [
     DOCS / "benchmarks.md",
     DOCS / "evaluation.md",
+    DOCS / "fold_rotation.md",
     DOCS / "kernels.md",
     HERE.parent / "README.md",
 ]
@@ -235,6 +237,7 @@ def _target(text: str, least: float, measured: float | None) -> list[str]:
 
 ATTENTION, MODEL = "decode_attention_cpu.csv", "model_decode_cpu.csv"
 ENCODE, PEERS = "encode_cpu.csv", "demo_peers_cpu.csv"
+FOLD_SPEED = "fold_rotation_cpu.csv"
 EVAL_TEXT = "eval_text_summary.csv"
 EVAL_CHASE, EVAL_LINES = "eval_chase_summary.csv", "eval_lines_summary.csv"
 
@@ -280,6 +283,10 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "eval-lines-outliers": ((EVAL_LINES,), evaluated.lines_outliers),
     "eval-accumulation": (("eval_attention_layers.csv",), evaluated.accumulation),
     "eval-variants": (("eval_variants_summary.csv",), evaluated.variants),
+    "fold-families": (("fold_families.csv",), folding.families),
+    "fold-quality": (("fold_quality.csv",), folding.quality),
+    "fold-speed": ((FOLD_SPEED,), folding.speed),
+    "fold-speed-conditions": ((FOLD_SPEED,), conditions),
     "kernels-static": (("kernels_static.csv",), kernels_static),
     "eval-tails": (
         tuple(f"eval_tail{tail}_summary.csv" for tail in (0, 32, 64, 128)),

@@ -34,6 +34,7 @@ __all__ = [
     "set_pass_slot",
     "size_expression",
     "slots_take_lists",
+    "tensor_version",
 ]
 
 
@@ -114,6 +115,11 @@ def new_slots(mask_kwargs: dict[str, Any]) -> tuple[Any, Any]:
 def maybe_dynamic(tensor: torch.Tensor, dim: int) -> None:
     """Let compiled code accept any size of a dimension from the start, if it can."""
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def tensor_version(tensor: torch.Tensor) -> int:
+    """A number that changes when a tensor is changed in place (0 for tensors that count none)."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def cache_capacity(cache: Any) -> int:

@@ -29,6 +29,7 @@ def patch(
     *,
     backend: str = "auto",
     strict: bool = True,
+    fold_rotation: bool = False,
     **config_overrides: Any,
 ) -> _Model:
     """Make a model keep its keys and values in a KVarN cache. In place, for this instance only.
@@ -47,6 +48,11 @@ def patch(
     strict : bool
         Raise if an attention layer can neither be packed nor is dense by design (sliding, chunked,
         linear layers). False leaves such a model dense and logs why.
+    fold_rotation : bool
+        Put the rotation of values into copies of the weights around the cache, in every layer where
+        a trial run shows that this is the same function (docs/fold_rotation.md). `state_dict`
+        and what is saved stay as they are; without a KVarN cache the model computes what it did
+        up to rounding. For models that no adapter is added to.
     **config_overrides
         Fields of `KVarNConfig`, for example `tail_tokens=512`.
 
@@ -65,6 +71,11 @@ def patch(
         If the backend cannot run on the model's device.
     """
     wanted = KVarNConfig.coerce(config, **config_overrides)
+    if fold_rotation and not wanted.rotate_values:
+        raise ConfigError(
+            "fold_rotation=True folds the rotation of values, which rotate_values=False turns off: "
+            "choose one."
+        )
     check_versions()
     try:
         from .hf import adapter
@@ -77,12 +88,14 @@ def patch(
     resolved = dispatch.resolve(backend, adapter.device_of(target))
     record = vars(target).get("_kvarn_patch")
     if record is not None:
-        if record.config == wanted and record.backend == resolved:
+        asked = (wanted, resolved, fold_rotation)
+        if (record.config, record.backend, record.fold_rotation) == asked:
             _logger.info("%s is already patched with %s.", _name(target), wanted.to_string())
             return model
         raise ConfigError(
             f"{_name(target)} is already patched with {record.config.to_string()} on backend "
-            f"{record.backend!r}: call kvarn_ops.unpatch(model) first."
+            f"{record.backend!r}, fold_rotation={record.fold_rotation}: call "
+            "kvarn_ops.unpatch(model) first."
         )
     try:
         reports = adapter.inspect_model(target, wanted)
@@ -92,7 +105,13 @@ def patch(
         _logger.warning("left dense: %s", error)
         return model
     _mention_compiled(model, target)
-    adapter.attach(target, adapter.PatchRecord(wanted, resolved, reports, Lifetime()))
+    record = adapter.PatchRecord(wanted, resolved, reports, Lifetime())
+    if fold_rotation:
+        from .lowering.fold_rotation import fold_rotation as fold
+
+        record.fold_rotation = True
+        fold(model, target, record)
+    adapter.attach(target, record)
     packed = [report for report in reports if report.packed]
     _logger.info(
         "%s: %d attention layers packed (%s, backend %s, %.0f bytes per token and layer), %d stay "
@@ -115,7 +134,12 @@ def unpatch(model: _Model) -> _Model:
     for target in _patched_parts(model):
         from .hf import adapter
 
+        record = vars(target)["_kvarn_patch"]
         adapter.detach(target)
+        if record.fold_rotation:
+            from .lowering.fold_rotation import unfold_rotation
+
+            unfold_rotation(target, record)
         _logger.info("%s: unpatched.", _name(target))
     return model
 
@@ -127,10 +151,18 @@ def patched(
     *,
     backend: str = "auto",
     strict: bool = True,
+    fold_rotation: bool = False,
     **config_overrides: Any,
 ) -> Iterator[_Model]:
     """`patch` for the length of a `with` block."""
-    patch(model, config, backend=backend, strict=strict, **config_overrides)
+    patch(
+        model,
+        config,
+        backend=backend,
+        strict=strict,
+        fold_rotation=fold_rotation,
+        **config_overrides,
+    )
     try:
         yield model
     finally:

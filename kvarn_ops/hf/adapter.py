@@ -19,11 +19,19 @@ from ..config import KVarNConfig
 from ..errors import CacheError, InputError
 from .attention import LAYER_KWARG, is_wrapped, unwrapped, wrapped
 from .cache import KVarNCache
+from .frame import frame_of, take_frame
 from .generation import OVERRIDES
 from .inspection import LayerReport, attention_modules, inspect_model
 from .layer import KVarNLayer
 
-__all__ = ["LayerReport", "PatchRecord", "attach", "detach", "inspect_model"]
+__all__ = [
+    "LayerReport",
+    "PatchRecord",
+    "attach",
+    "attention_configs",
+    "detach",
+    "inspect_model",
+]
 
 _logger = logging.getLogger("kvarn_ops")
 
@@ -32,7 +40,7 @@ _logger = logging.getLogger("kvarn_ops")
 class PatchRecord:
     """Everything needed to describe and to undo a patch. Lives on the model as `_kvarn_patch`.
 
-    `lifetime` is any object that lives as long as a patched model or a copy of it.
+    `lifetime` and `guard` are any objects that live as long as a patched model or a copy of it.
     """
 
     config: KVarNConfig
@@ -41,6 +49,8 @@ class PatchRecord:
     lifetime: Any
     handles: list[Any] = field(default_factory=list)
     configs: list[Any] = field(default_factory=list)
+    fold_rotation: bool = False  # asked for; `layers` say where it was done
+    guard: Any = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, perhaps in another process that has not registered the functions yet."""
@@ -68,7 +78,7 @@ def attach(model: PreTrainedModel, record: PatchRecord) -> None:
             if hasattr(model, name):
                 # Unlike a bound method, a partial of a function can be pickled.
                 vars(model)[name] = functools.partial(function, model)
-    record.configs = _attention_configs(model)
+    record.configs = attention_configs(model)
     wrapped(record.configs)
     _records.add(record)
     model._kvarn_patch = record
@@ -111,6 +121,7 @@ def _pass_layer(
     layer = cache.layers[module.layer_idx]
     if not isinstance(layer, KVarNLayer):
         return None
+    take_frame(layer, frame_of(module))
     layer.armed = True
     return args, kwargs | {LAYER_KWARG: layer}
 
@@ -144,7 +155,7 @@ def _mention_other_cache(name: str) -> None:
     )
 
 
-def _attention_configs(model: nn.Module) -> list[Any]:
+def attention_configs(model: nn.Module) -> list[Any]:
     """The distinct config objects that the decoder's attention modules read."""
     configs: list[Any] = [model.config.get_text_config(decoder=True)]
     for found in attention_modules(model).values():

@@ -29,6 +29,7 @@ from ..errors import CacheError
 from ..layout import PackedTiles, TileCache, allocate
 from . import stock
 from .fork import copy_live, merged
+from .frame import OWN_FRAME, take_frame
 from .layer import KVarNLayer
 
 if TYPE_CHECKING:
@@ -71,7 +72,13 @@ def save(cache: KVarNCache, path: str | Path) -> None:
         tiles, high_water = merged(layer)
         for name, tensor in (tiles._asdict() | {"high_water": high_water}).items():
             tensors[f"{prefix}.{name}"] = tensor.contiguous()
-        layers.append({"class": "KVarNLayer", "slots": int(layer.cumulative_length)})
+        layers.append(
+            {
+                "class": "KVarNLayer",
+                "slots": int(layer.cumulative_length),
+                "frame": layer.frame,
+            }
+        )
     header = {
         "version": FORMAT_VERSION,
         "config": cache.kvarn_config.to_string(),
@@ -121,6 +128,7 @@ def load(
                 f"of transformers makes a {type(layer).__name__}: fill a new cache."
             )
         if isinstance(layer, KVarNLayer):
+            take_frame(layer, entry.get("frame", OWN_FRAME))
             _fill(layer, f"layers.{index}", tensors, entry["slots"], device, path)
         else:
             stock.update_from_plain(layer, entry["state"], tensors, device)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import KVarNConfig
 from ..layout import PackedTiles, TileCache
+from .frame import take_frame
 from .layer import KVarNLayer
 
 __all__ = ["copy_live", "forked", "merged"]
@@ -24,8 +25,13 @@ __all__ = ["copy_live", "forked", "merged"]
 def forked(layer: KVarNLayer, copies: int, max_cache_len: int) -> KVarNLayer:
     """A layer of `copies` rows for every row of `layer`, side by side, sharing finished tiles."""
     fork = KVarNLayer(
-        max_cache_len, layer.config, layer.backend, layer._rotations, layer.offload_tiles
+        max_cache_len,
+        layer.forms[False].config,
+        layer.backend,
+        layer._rotations,
+        layer.offload_tiles,
     )
+    take_frame(fork, layer.frame)
     fork.is_compileable = layer.is_compileable
     fork.cumulative_length = layer.cumulative_length.clone()
     if layer.tiles is None:

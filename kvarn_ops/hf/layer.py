@@ -17,6 +17,7 @@ from ..hadamard import check_head_dim, hadamard
 from ..layout import PackedTiles, TileCache, allocate
 from ..ops.dense import tiles_of
 from ..ops.validate import check_new_tokens
+from .frame import OWN_FRAME, forms
 from .rows import selected, selected_shared
 
 __all__ = ["KVarNLayer"]
@@ -73,12 +74,13 @@ class KVarNLayer(CacheLayerMixin):
     ) -> None:
         super().__init__()
         self.max_cache_len = max_cache_len
-        self.config = config
-        self.config_line = config.to_string()
+        self.forms = forms(config)
+        self.config, self.config_line = self.forms[False]
         self.backend = backend
         self.tiles: TileCache | None = None
         self.rotation: Tensor | None = None
         self.armed = False  # set by a patched module right before its update
+        self.frame = OWN_FRAME  # in which values arrive (`hf.frame`)
         self.cumulative_length = torch.tensor(0, dtype=torch.int64)  # slots, padding included
         self.shared: PackedTiles | None = None
         self.frozen_tiles = 0
