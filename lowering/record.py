@@ -1,6 +1,6 @@
 """What our passes found, did and could not do, graph by graph; `kvarn_ops.explain` reads it.
 
-A stage of passes opens the record of its graph; `refuse` and `note_copy` write into the open one.
+A stage of passes opens the record of its graph; `refuse` and `note_copies` write into the open one.
 Old records are dropped, so that a process that compiles for days keeps a bounded list.
 """
 
@@ -22,7 +22,16 @@ from kvarn_ops._compat import current_compilation
 
 from .graph import module_path, source_line
 
-__all__ = ["GraphRecord", "Refusal", "clear", "recorded", "recording", "refuse", "seen_ops"]
+__all__ = [
+    "CacheCopy",
+    "GraphRecord",
+    "Refusal",
+    "clear",
+    "recorded",
+    "recording",
+    "refuse",
+    "seen_ops",
+]
 
 _KEPT_GRAPHS = 64
 _KEPT_REFUSALS = 256  # per graph
@@ -45,6 +54,20 @@ class Refusal:
         return f"{self.pass_name} left {place}: {self.reason}"
 
 
+@dataclass(frozen=True)
+class CacheCopy:
+    """A cache buffer that compiled code copies in every call."""
+
+    buffer: str  # field of the cache, `k_codes`
+    size: int  # bytes of the copy
+    module: str  # path of the module that writes or reads it, "" if unknown
+    cause: str
+
+    def __str__(self) -> str:
+        place = f" of {self.module}" if self.module else ""
+        return f"{self.buffer}{place}, {self.size} bytes in every call: {self.cause}"
+
+
 @dataclass
 class GraphRecord:
     """One compiled graph.
@@ -60,6 +83,8 @@ class GraphRecord:
     refusals : list of Refusal
     refused : int
         Number of refusals; `refusals` holds the first ones.
+    copies : list of CacheCopy
+        Cache buffers that the compiled code copies.
     """
 
     name: str
@@ -67,6 +92,7 @@ class GraphRecord:
     rewrites: Counter[str] = field(default_factory=Counter)
     refusals: list[Refusal] = field(default_factory=list)
     refused: int = 0
+    copies: list[CacheCopy] = field(default_factory=list)
     _token: Callable[[], Any] = field(default=lambda: None, repr=False, compare=False)
 
     def summary(self) -> str:
@@ -76,6 +102,8 @@ class GraphRecord:
         parts.append(f"rewrites: {_listed(self.rewrites) or 'none'}")
         if self.refused:
             parts.append(f"{self.refused} places left as they were (kvarn_ops.explain says why)")
+        if self.copies:
+            parts.append(f"{len(self.copies)} cache buffers copied")
         return f"graph {self.name or '-'}: {'; '.join(parts)}"
 
 
@@ -132,6 +160,21 @@ def refuse(pass_name: str, node: torch.fx.Node, reason: str) -> None:
             record.refusals.append(refusal)
 
 
+def note_copies(copies: list[CacheCopy]) -> None:
+    """Add copies of cache buffers to the open record."""
+    record = _open.get()
+    with _lock:
+        if record is not None:
+            record.copies += copies[: _KEPT_REFUSALS - len(record.copies)]
+
+
+def is_recorded() -> bool:
+    """Whether the running compilation has a record: an earlier stage met our ops."""
+    _, token = current_compilation()
+    with _lock:
+        return token is not None and any(one._token() is token for one in _records)
+
+
 def add_ops(stage: str, ops: Counter[str]) -> None:
     """Count the ops that a stage leaves in the open record's graph."""
     record = _open.get()
@@ -162,4 +205,4 @@ def clear() -> None:
 
 
 def _listed(counts: Counter[str]) -> str:
-    return ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))
+    return ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()) if count)

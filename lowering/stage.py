@@ -40,7 +40,7 @@ class Stage(CustomGraphPass):
     Parameters
     ----------
     name : str
-        `pre_grad`, `post_grad`, ...: in records, dumps and messages.
+        `pre_grad`, `post_grad` or `final`: in records, dumps and messages.
     passes : tuple of passes
     """
 
@@ -50,7 +50,7 @@ class Stage(CustomGraphPass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         """Run on one graph."""
-        if not count_ops(graph):
+        if not count_ops(graph) and not record.is_recorded():
             return
         with record.recording() as found:
             refused = len(found.refusals)
@@ -58,7 +58,7 @@ class Stage(CustomGraphPass):
                 found.rewrites[_name(one)] += _run(one, graph, self.name, found.name)
             record.add_ops(self.name, count_ops(graph))
         _warn(found.refusals[refused:], found.name)
-        if self.name == "post_grad":
+        if self.name == "final":
             _logger.info("%s", found.summary())
 
     def uuid(self) -> str | None:
