@@ -23,6 +23,7 @@ __all__ = [
     "current_compilation",
     "fused_multiply_add",
     "get_pass_slot",
+    "graphs_from_cache",
     "hint_of",
     "hint_size",
     "is_compiling",
@@ -36,6 +37,7 @@ __all__ = [
     "set_pass_slot",
     "size_expression",
     "slots_take_lists",
+    "trace_scalars",
 ]
 
 
@@ -53,6 +55,17 @@ def keeps_custom_ops() -> bool:
     from torch.export._trace import custom_triton_ops_decomposition_disabled
 
     return custom_triton_ops_decomposition_disabled()
+
+
+def trace_scalars() -> None:
+    """From here on in this compilation, let `.item()` give a symbolic size, as `fullgraph` does.
+
+    Without it, code compiled with graph breaks allowed (the default) breaks at our ops. Inductor
+    evaluates the graph once more, so this is not undone; the mode ends with the compilation.
+    """
+    mode = torch._guards.detect_fake_mode()
+    if mode is not None:
+        mode.allow_scalar_outputs = True
 
 
 def hint_size(size: Any, value: int) -> None:
@@ -209,3 +222,10 @@ def bases_to_clone(graph: torch.fx.Graph) -> list[tuple[torch.fx.Node, int]]:
 def hint_of(size: Any) -> int:
     """A size, or what a symbolic one was when it was traced; 0 if nobody knows."""
     return size if isinstance(size, int) else int(size.node.hint or 0)
+
+
+def graphs_from_cache() -> int:
+    """How many graphs Inductor took from its cache on disk since the last `counters.clear()`."""
+    from torch._dynamo.utils import counters
+
+    return counters["inductor"]["fxgraph_cache_hit"]

@@ -19,8 +19,8 @@ class AppendLast:
     Inductor reorders a graph for locality, which puts parts of the attention behind the append of
     its layer; it then copies the buffers that they read, whole, in every step.
 
-    Before: `append; reads of the cache; copy_(cache, result)`
-    After:  `reads of the cache; append; copy_(cache, result)`
+    Before: append; reads of the cache; copy_(cache, result)
+    After:  reads of the cache; append; copy_(cache, result)
     """
 
     def __call__(self, graph: torch.fx.Graph) -> int:

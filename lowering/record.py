@@ -23,6 +23,7 @@ from kvarn_ops._compat import current_compilation
 from .graph import module_path, source_line
 
 __all__ = [
+    "AttentionSite",
     "CacheCopy",
     "GraphRecord",
     "Refusal",
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 _KEPT_GRAPHS = 64
-_KEPT_REFUSALS = 256  # per graph
+_KEPT_PER_GRAPH = 256  # refusals, attentions, copies
 
 _logger = logging.getLogger("kvarn_ops")
 
@@ -52,6 +53,20 @@ class Refusal:
     def __str__(self) -> str:
         place = ", ".join(part for part in (self.module, self.source) if part) or self.node
         return f"{self.pass_name} left {place}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention of a graph."""
+
+    module: str  # path of the module that made it, "" if unknown
+    source: str  # the user's line, "" if unknown
+    packed: bool  # whether it reads packed tiles
+    what: str  # what it is, and why it reads no packed tiles
+
+    def __str__(self) -> str:
+        place = ", ".join(part for part in (self.module, self.source) if part)
+        return f"{place}: {self.what}" if place else self.what
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,8 @@ class GraphRecord:
     refusals : list of Refusal
     refused : int
         Number of refusals; `refusals` holds the first ones.
+    sites : list of AttentionSite
+        The attentions of the graph, after the passes of the first stage.
     copies : list of CacheCopy
         Cache buffers that the compiled code copies.
     """
@@ -92,6 +109,7 @@ class GraphRecord:
     rewrites: Counter[str] = field(default_factory=Counter)
     refusals: list[Refusal] = field(default_factory=list)
     refused: int = 0
+    sites: list[AttentionSite] = field(default_factory=list)
     copies: list[CacheCopy] = field(default_factory=list)
     _token: Callable[[], Any] = field(default=lambda: None, repr=False, compare=False)
 
@@ -156,8 +174,16 @@ def refuse(pass_name: str, node: torch.fx.Node, reason: str) -> None:
             pass
     with _lock:
         record.refused += 1
-        if len(record.refusals) < _KEPT_REFUSALS:
+        if len(record.refusals) < _KEPT_PER_GRAPH:
             record.refusals.append(refusal)
+
+
+def note_sites(sites: list[AttentionSite]) -> None:
+    """Add attentions to the open record."""
+    record = _open.get()
+    with _lock:
+        if record is not None:
+            record.sites += sites[: _KEPT_PER_GRAPH - len(record.sites)]
 
 
 def note_copies(copies: list[CacheCopy]) -> None:
@@ -165,7 +191,7 @@ def note_copies(copies: list[CacheCopy]) -> None:
     record = _open.get()
     with _lock:
         if record is not None:
-            record.copies += copies[: _KEPT_REFUSALS - len(record.copies)]
+            record.copies += copies[: _KEPT_PER_GRAPH - len(record.copies)]
 
 
 def is_recorded() -> bool:

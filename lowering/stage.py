@@ -25,6 +25,7 @@ import kvarn_ops
 from . import record
 from .graph import count_ops
 from .pipeline import Pass
+from .survey import survey
 
 __all__ = ["DUMP_VARIABLE", "Stage"]
 
@@ -57,6 +58,8 @@ class Stage(CustomGraphPass):
             for one in self.passes:
                 found.rewrites[_name(one)] += _run(one, graph, self.name, found.name)
             record.add_ops(self.name, count_ops(graph))
+            if self.name == "pre_grad":
+                record.note_sites(survey(graph, found.refusals[refused:]))
         _warn(found.refusals[refused:], found.name)
         if self.name == "final":
             _logger.info("%s", found.summary())

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._compat import hint_size
+from .._compat import hint_size, trace_scalars
 from ..config import KVarNConfig
 from ..layout import PackedTiles, TileCache
 from ..reference.attention import Visible
@@ -98,6 +98,7 @@ def attend_decode_traced(
     """
     batch, capacity = q.shape[0], cache.k_codes.shape[2]
     # At least one tile keeps the shape non-empty; the mask hides it while none is live.
+    trace_scalars()
     live = tiles_of(cache.seq_lens, config).max().clamp(1, capacity).item()
     hint_size(live, _TYPICAL_TILES)
     torch._check(live >= 1)
