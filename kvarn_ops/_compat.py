@@ -17,11 +17,14 @@ from torch.utils._config_module import _UNSET_SENTINEL
 
 __all__ = [
     "auto_functionalized_v2",
+    "bases_to_clone",
     "below_autograd",
     "cache_capacity",
     "current_compilation",
     "fused_multiply_add",
     "get_pass_slot",
+    "graphs_from_cache",
+    "hint_of",
     "hint_size",
     "is_compiling",
     "is_set_here",
@@ -35,6 +38,7 @@ __all__ = [
     "size_expression",
     "slots_take_lists",
     "tensor_version",
+    "trace_scalars",
 ]
 
 
@@ -52,6 +56,17 @@ def keeps_custom_ops() -> bool:
     from torch.export._trace import custom_triton_ops_decomposition_disabled
 
     return custom_triton_ops_decomposition_disabled()
+
+
+def trace_scalars() -> None:
+    """From here on in this compilation, let `.item()` give a symbolic size, as `fullgraph` does.
+
+    Without it, code compiled with graph breaks allowed (the default) breaks at our ops. Inductor
+    evaluates the graph once more, so this is not undone; the mode ends with the compilation.
+    """
+    mode = torch._guards.detect_fake_mode()
+    if mode is not None:
+        mode.allow_scalar_outputs = True
 
 
 def hint_size(size: Any, value: int) -> None:
@@ -183,3 +198,40 @@ def _pass_slot(slot: str) -> Any:
 
 def _is_set_by_thread(entry: Any) -> bool:
     return isinstance(getattr(entry, "user_override", None), ContextVar)
+
+
+def bases_to_clone(graph: torch.fx.Graph) -> list[tuple[torch.fx.Node, int]]:
+    """Functionalized in-place ops, and those of their bases that Inductor would copy.
+
+    Inductor decides after its last hook for passes. Its analysis runs here on a copy of the graph.
+    """
+    from torch._dynamo.utils import ReinplaceCounters
+    from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops_core
+
+    twin = torch.fx.Graph(graph.owning_module)
+    twins: dict[torch.fx.Node, torch.fx.Node] = {}
+    twin.output(twin.graph_copy(graph, twins))
+    wrapped = [node for node in twins if node.target is auto_functionalized_v2]
+    counts = dict(ReinplaceCounters._values)
+    try:
+        reinplace_inplaceable_ops_core(twin)
+    finally:
+        ReinplaceCounters._values.clear()
+        ReinplaceCounters._values.update(counts)
+    return [
+        (node, index)
+        for node in wrapped
+        for index in twins[node].meta.get("only_clone_these_tensors", ())
+    ]
+
+
+def hint_of(size: Any) -> int:
+    """A size, or what a symbolic one was when it was traced; 0 if nobody knows."""
+    return size if isinstance(size, int) else int(size.node.hint or 0)
+
+
+def graphs_from_cache() -> int:
+    """How many graphs Inductor took from its cache on disk since the last `counters.clear()`."""
+    from torch._dynamo.utils import counters
+
+    return counters["inductor"]["fxgraph_cache_hit"]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
 
 from . import dispatch
+from ._compat import graphs_from_cache
 from .config import DEFAULT_PRESET, KVarNConfig
 from .errors import ConfigError, UnsupportedModelError
+from .explanation import Explanation
 from .families import TESTED_FAMILIES
 from .versions import check_versions
 
@@ -174,48 +175,24 @@ def supported_models() -> tuple[str, ...]:
     return TESTED_FAMILIES
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What `patch` did to a model. Print it for a table.
-
-    Attributes
-    ----------
-    config : KVarNConfig or None
-        None if the model is not patched.
-    backend : str or None
-    layers : tuple
-        One `LayerReport` per layer of the cache: index, module path, packed, reason,
-        bytes_per_token.
-    graph_ops : dict
-        How often each `kvarn` op was seen in graphs compiled so far in this process.
-    """
-
-    config: KVarNConfig | None
-    backend: str | None
-    layers: tuple[Any, ...]
-    graph_ops: dict[str, int]
-
-    def __str__(self) -> str:
-        if self.config is None:
-            return "not patched: call kvarn_ops.patch(model)."
-        lines = [f"{self.config.to_string()}, backend {self.backend}"]
-        for layer in self.layers:
-            size = "" if layer.bytes_per_token is None else f"{layer.bytes_per_token:.0f} B/token"
-            lines.append(f"{layer.index:4d}  {layer.module or '-':40s} {layer.reason:32s} {size}")
-        seen = ", ".join(f"{name} x{count}" for name, count in sorted(self.graph_ops.items()))
-        lines.append(f"compiled graphs: {seen or 'none yet'}")
-        return "\n".join(lines)
-
-
 def explain(model: nn.Module) -> Explanation:
-    """Say, layer by layer, what is packed and why, and what compiled graphs contained."""
-    from .lowering.record import seen_ops
+    """Say, layer by layer, what is packed and why, and what compiled graphs do.
 
-    parts, counts = _patched_parts(model), dict(seen_ops())
-    if not parts:
-        return Explanation(None, None, (), counts)
-    record = vars(parts[0])["_kvarn_patch"]
-    return Explanation(record.config, record.backend, tuple(record.layers), counts)
+    Graphs are those that this process compiled so far; a graph knows the paths of modules, not
+    whose they are, so two models with the same paths are not told apart.
+    """
+    from .lowering.record import recorded, seen_ops
+
+    parts = _patched_parts(model)
+    record = vars(parts[0])["_kvarn_patch"] if parts else None
+    return Explanation(
+        config=record and record.config,
+        backend=record and record.backend,
+        layers=tuple(record.layers) if record else (),
+        graph_ops=dict(seen_ops()),
+        graphs=recorded(),
+        graphs_from_cache=graphs_from_cache(),
+    )
 
 
 class Lifetime:

@@ -6,24 +6,28 @@ import torch
 
 from kvarn_ops._compat import auto_functionalized_v2
 
+from .graph import op_name
+
 __all__ = ["AppendLast"]
+
+_APPENDS = ("kvarn::append_", "kvarn::append_at_")
 
 
 class AppendLast:
-    """Put every `kvarn::append_` right before the first use of its results.
+    """Put every `kvarn::append_` and `kvarn::append_at_` right before the first use of its results.
 
     Inductor reorders a graph for locality, which puts parts of the attention behind the append of
     its layer; it then copies the buffers that they read, whole, in every step.
 
-    Before: `append; reads of the cache; copy_(cache, result)`
-    After:  `reads of the cache; append; copy_(cache, result)`
+    Before: append; reads of the cache; copy_(cache, result)
+    After:  reads of the cache; append; copy_(cache, result)
     """
 
     def __call__(self, graph: torch.fx.Graph) -> int:
         """Rewrite one functional graph; return the number of appends moved."""
         moved = 0
         for node in graph.find_nodes(op="call_function", target=auto_functionalized_v2):
-            if node.args[0] is torch.ops.kvarn.append_.default:
+            if op_name(node) in _APPENDS:
                 moved += _move_to_first_use(graph, node)
         return moved
 

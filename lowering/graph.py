@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import kvarn_ops
 from kvarn_ops._compat import auto_functionalized_v2
 
-__all__ = ["count_ops", "module_path", "op_name", "source_line"]
+__all__ = ["count_ops", "module_path", "op_name", "place", "source_line"]
+
+_PACKAGE = Path(kvarn_ops.__file__).parent
 
 
 def op_name(node: torch.fx.Node) -> str | None:
@@ -52,7 +56,13 @@ def source_line(node: torch.fx.Node) -> str:
     """The user's line that made a node, `"model.py:12: y = attend(q, k, v)"`; "" if unknown."""
     trace = node.stack_trace or ""
     frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', trace)
-    if not frames:
+    theirs = [frame for frame in frames if not Path(frame[0]).is_relative_to(_PACKAGE)]
+    if not theirs:
         return ""
-    path, line, code = frames[-1]
-    return f"{path.rpartition('/')[2]}:{line}: {code.strip()}"
+    path, line, code = theirs[-1]
+    return f"{Path(path).name}:{line}: {code.strip()}"
+
+
+def place(node: torch.fx.Node) -> str:
+    """Where a node comes from, for messages: module and line as far as known, or its name."""
+    return ", ".join(part for part in (module_path(node), source_line(node)) if part) or node.name

@@ -16,7 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from kvarn_ops._compat import get_pass_slot, is_set_here, set_pass_slot, slots_take_lists
 
-from .pipeline import POST_GRAD, PRE_GRAD, Pass
+from .pipeline import FINAL, POST_GRAD, PRE_GRAD, Pass
 from .stage import Stage
 
 __all__ = ["PassChain", "acquire", "as_slot_value", "inductor_options", "passes_in"]
@@ -25,6 +25,7 @@ __all__ = ["PassChain", "acquire", "as_slot_value", "inductor_options", "passes_
 _STAGES = {
     "pre_grad_custom_pass": Stage("pre_grad", PRE_GRAD),
     "post_grad_custom_pre_pass": Stage("post_grad", POST_GRAD),
+    "post_grad_custom_post_pass": Stage("final", FINAL),
 }
 
 _lock = threading.RLock()  # re-entrant: a finalizer may run anywhere

@@ -12,9 +12,10 @@ from typing import TypeAlias
 import torch
 
 from .append_last import AppendLast
+from .find_copies import FindCopies
 from .fuse_attention import FuseAttention
 
-__all__ = ["POST_GRAD", "PRE_GRAD", "Pass"]
+__all__ = ["FINAL", "POST_GRAD", "PRE_GRAD", "Pass"]
 
 Pass: TypeAlias = Callable[[torch.fx.Graph], int]
 
@@ -23,3 +24,6 @@ PRE_GRAD: tuple[Pass, ...] = (FuseAttention(),)
 
 # Functional aten graphs, after AOTAutograd: in-place ops are inside auto_functionalized_v2.
 POST_GRAD: tuple[Pass, ...] = (AppendLast(),)
+
+# The same graphs after Inductor's own rewrites, as code is generated from them.
+FINAL: tuple[Pass, ...] = (FindCopies(),)

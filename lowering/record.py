@@ -1,6 +1,6 @@
 """What our passes found, did and could not do, graph by graph; `kvarn_ops.explain` reads it.
 
-A stage of passes opens the record of its graph; `refuse` and `note_copy` write into the open one.
+A stage of passes opens the record of its graph; `refuse` and `note_copies` write into the open one.
 Old records are dropped, so that a process that compiles for days keeps a bounded list.
 """
 
@@ -22,10 +22,20 @@ from kvarn_ops._compat import current_compilation
 
 from .graph import module_path, source_line
 
-__all__ = ["GraphRecord", "Refusal", "clear", "recorded", "recording", "refuse", "seen_ops"]
+__all__ = [
+    "AttentionSite",
+    "CacheCopy",
+    "GraphRecord",
+    "Refusal",
+    "clear",
+    "recorded",
+    "recording",
+    "refuse",
+    "seen_ops",
+]
 
 _KEPT_GRAPHS = 64
-_KEPT_REFUSALS = 256  # per graph
+_KEPT_PER_GRAPH = 256  # refusals, attentions, copies
 
 _logger = logging.getLogger("kvarn_ops")
 
@@ -45,6 +55,34 @@ class Refusal:
         return f"{self.pass_name} left {place}: {self.reason}"
 
 
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention of a graph."""
+
+    module: str  # path of the module that made it, "" if unknown
+    source: str  # the user's line, "" if unknown
+    packed: bool  # whether it reads packed tiles
+    what: str  # what it is, and why it reads no packed tiles
+
+    def __str__(self) -> str:
+        place = ", ".join(part for part in (self.module, self.source) if part)
+        return f"{place}: {self.what}" if place else self.what
+
+
+@dataclass(frozen=True)
+class CacheCopy:
+    """A cache buffer that compiled code copies in every call."""
+
+    buffer: str  # field of the cache, `k_codes`
+    size: int  # bytes of the copy
+    module: str  # path of the module that writes or reads it, "" if unknown
+    cause: str
+
+    def __str__(self) -> str:
+        place = f" of {self.module}" if self.module else ""
+        return f"{self.buffer}{place}, {self.size} bytes in every call: {self.cause}"
+
+
 @dataclass
 class GraphRecord:
     """One compiled graph.
@@ -60,6 +98,10 @@ class GraphRecord:
     refusals : list of Refusal
     refused : int
         Number of refusals; `refusals` holds the first ones.
+    sites : list of AttentionSite
+        The attentions of the graph, after the passes of the first stage.
+    copies : list of CacheCopy
+        Cache buffers that the compiled code copies.
     """
 
     name: str
@@ -67,6 +109,8 @@ class GraphRecord:
     rewrites: Counter[str] = field(default_factory=Counter)
     refusals: list[Refusal] = field(default_factory=list)
     refused: int = 0
+    sites: list[AttentionSite] = field(default_factory=list)
+    copies: list[CacheCopy] = field(default_factory=list)
     _token: Callable[[], Any] = field(default=lambda: None, repr=False, compare=False)
 
     def summary(self) -> str:
@@ -76,6 +120,8 @@ class GraphRecord:
         parts.append(f"rewrites: {_listed(self.rewrites) or 'none'}")
         if self.refused:
             parts.append(f"{self.refused} places left as they were (kvarn_ops.explain says why)")
+        if self.copies:
+            parts.append(f"{len(self.copies)} cache buffers copied")
         return f"graph {self.name or '-'}: {'; '.join(parts)}"
 
 
@@ -128,8 +174,31 @@ def refuse(pass_name: str, node: torch.fx.Node, reason: str) -> None:
             pass
     with _lock:
         record.refused += 1
-        if len(record.refusals) < _KEPT_REFUSALS:
+        if len(record.refusals) < _KEPT_PER_GRAPH:
             record.refusals.append(refusal)
+
+
+def note_sites(sites: list[AttentionSite]) -> None:
+    """Add attentions to the open record."""
+    record = _open.get()
+    with _lock:
+        if record is not None:
+            record.sites += sites[: _KEPT_PER_GRAPH - len(record.sites)]
+
+
+def note_copies(copies: list[CacheCopy]) -> None:
+    """Add copies of cache buffers to the open record."""
+    record = _open.get()
+    with _lock:
+        if record is not None:
+            record.copies += copies[: _KEPT_PER_GRAPH - len(record.copies)]
+
+
+def is_recorded() -> bool:
+    """Whether the running compilation has a record: an earlier stage met our ops."""
+    _, token = current_compilation()
+    with _lock:
+        return token is not None and any(one._token() is token for one in _records)
 
 
 def add_ops(stage: str, ops: Counter[str]) -> None:
@@ -162,4 +231,4 @@ def clear() -> None:
 
 
 def _listed(counts: Counter[str]) -> str:
-    return ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))
+    return ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()) if count)

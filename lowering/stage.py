@@ -25,6 +25,7 @@ import kvarn_ops
 from . import record
 from .graph import count_ops
 from .pipeline import Pass
+from .survey import survey
 
 __all__ = ["DUMP_VARIABLE", "Stage"]
 
@@ -40,7 +41,7 @@ class Stage(CustomGraphPass):
     Parameters
     ----------
     name : str
-        `pre_grad`, `post_grad`, ...: in records, dumps and messages.
+        `pre_grad`, `post_grad` or `final`: in records, dumps and messages.
     passes : tuple of passes
     """
 
@@ -50,15 +51,17 @@ class Stage(CustomGraphPass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         """Run on one graph."""
-        if not count_ops(graph):
+        if not count_ops(graph) and not record.is_recorded():
             return
         with record.recording() as found:
             refused = len(found.refusals)
             for one in self.passes:
                 found.rewrites[_name(one)] += _run(one, graph, self.name, found.name)
             record.add_ops(self.name, count_ops(graph))
+            if self.name == "pre_grad":
+                record.note_sites(survey(graph, found.refusals[refused:]))
         _warn(found.refusals[refused:], found.name)
-        if self.name == "post_grad":
+        if self.name == "final":
             _logger.info("%s", found.summary())
 
     def uuid(self) -> str | None:

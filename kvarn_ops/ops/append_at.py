@@ -34,7 +34,8 @@ def _append_at_kernel(
     rotation, config_line, backend, max_cache_len = rest[_CACHE_LEN:]
     config = KVarNConfig.from_string(config_line)
     check_new_tokens(k, v, None, cache, config)
-    start, count = position.flatten()[0], k.shape[2]
+    # Compiled code may pass `seq_lens` itself, although the caller cloned it.
+    start, count = position.flatten()[0].clone(), k.shape[2]
     if backend != "triton" or waits(cache, count):
         _check_start(int(start), count, cache.seq_lens, high_water, max_cache_len, config)
         check_capacity(cache, int(start) + count, config)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._compat import hint_size
+from .._compat import hint_size, trace_scalars
 from ..config import KVarNConfig
 from ..layout import PackedTiles, TileCache
 from ..reference.attention import Visible
@@ -141,6 +141,7 @@ def _live_tiles_traced(cache: TileCache, config: KVarNConfig) -> int:
     At least one keeps shapes non-empty; the mask hides it while none is live.
     """
     most = cache.k_codes.shape[2]
+    trace_scalars()
     live = tiles_of(cache.seq_lens, config).max().clamp(1, most).item()
     hint_size(live, _TYPICAL_TILES)
     torch._check(live >= 1)

@@ -20,7 +20,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 import kvarn_ops
 from kvarn_ops.lowering import record
 
-SLOTS = ("pre_grad_custom_pass", "post_grad_custom_pre_pass")
+SLOTS = ("pre_grad_custom_pass", "post_grad_custom_pre_pass", "post_grad_custom_post_pass")
 PACKAGE_FOLDERS = ("kvarn_ops", "kernels", "lowering", "export")
 
 # A decode step of one layer over packed tiles. Prints the logits' sum and the cache counters.
