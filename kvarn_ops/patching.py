@@ -66,17 +66,18 @@ def patch(
     """
     wanted = KVarNConfig.coerce(config, **config_overrides)
     check_versions()
-    try:
-        from .hf import adapter
-    except ModuleNotFoundError as error:
-        raise UnsupportedModelError(
-            f"{_name(model)} cannot be patched: {error.name} is not installed, and only "
-            "Hugging Face models are supported. Install kvarn-ops[hf]."
-        ) from None
     target = _transformers_model(model)
+    if target is not None:
+        from .hf import adapter
+    else:
+        from .modules import attach as adapter
+
+        target = _uncompiled(model)
     resolved = dispatch.resolve(backend, adapter.device_of(target))
     record = vars(target).get("_kvarn_patch")
-    if record is not None:
+    if record is not None and adapter.lost(target):
+        adapter.detach(target)
+    elif record is not None:
         if record.config == wanted and record.backend == resolved:
             _logger.info("%s is already patched with %s.", _name(target), wanted.to_string())
             return model
@@ -85,7 +86,7 @@ def patch(
             f"{record.backend!r}: call kvarn_ops.unpatch(model) first."
         )
     try:
-        reports = adapter.inspect_model(target, wanted)
+        reports = adapter.inspect_model(target, wanted, strict)
     except UnsupportedModelError as error:
         if strict:
             raise
@@ -113,9 +114,7 @@ def unpatch(model: _Model) -> _Model:
     Everything patched is undone: the model itself, what it wraps, and parts patched on their own.
     """
     for target in _patched_parts(model):
-        from .hf import adapter
-
-        adapter.detach(target)
+        vars(target)["_kvarn_patch"].detach(target)
         _logger.info("%s: unpatched.", _name(target))
     return model
 
