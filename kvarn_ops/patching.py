@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,11 +36,13 @@ def patch(
 
     Weights, `state_dict` keys and `config.json` do not change, and a patched model that runs
     without a KVarN cache computes what it did before. `generate` uses a `KVarNCache` by default.
+    Cache modules of other models keep their methods and lose their dense buffers.
 
     Parameters
     ----------
     model : nn.Module
-        A decoder-only Hugging Face model. A compiled module is accepted: its original is patched.
+        A decoder-only Hugging Face model, or any model with KV-cache modules of its own, set up
+        and empty (docs/modules.md). A compiled module is accepted: its original is patched.
     config : KVarNConfig or str
         Config or preset name (`k4v2_g128`: 4-bit keys, 2-bit values, tiles of 128 tokens).
     backend : {"auto", "reference", "aten", "triton"}
@@ -66,6 +69,10 @@ def patch(
     """
     wanted = KVarNConfig.coerce(config, **config_overrides)
     check_versions()
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"{_name(model)} is not a torch.nn.Module: give the model itself."
+        )
     target = _transformers_model(model)
     if target is not None:
         from .hf import adapter
@@ -75,8 +82,8 @@ def patch(
         target = _uncompiled(model)
     resolved = dispatch.resolve(backend, adapter.device_of(target))
     record = vars(target).get("_kvarn_patch")
-    if record is not None and adapter.lost(target):
-        adapter.detach(target)
+    if record is not None and record.lost(target):
+        record.undo(target)
     elif record is not None:
         if record.config == wanted and record.backend == resolved:
             _logger.info("%s is already patched with %s.", _name(target), wanted.to_string())
@@ -86,7 +93,7 @@ def patch(
             f"{record.backend!r}: call kvarn_ops.unpatch(model) first."
         )
     try:
-        reports = adapter.inspect_model(target, wanted, strict)
+        reports = adapter.inspect_model(target, wanted)
     except UnsupportedModelError as error:
         if strict:
             raise
@@ -111,10 +118,12 @@ def patch(
 def unpatch(model: _Model) -> _Model:
     """Put a patched model back exactly as it was; a model that is not patched is left alone.
 
+    Buffers of cache modules, which a patched model does not have, are allocated anew and empty.
+
     Everything patched is undone: the model itself, what it wraps, and parts patched on their own.
     """
     for target in _patched_parts(model):
-        vars(target)["_kvarn_patch"].detach(target)
+        vars(target)["_kvarn_patch"].undo(target)
         _logger.info("%s: unpatched.", _name(target))
     return model
 
@@ -200,26 +209,26 @@ class Lifetime:
         return Lifetime, ()
 
 
-def _transformers_model(model: Any) -> Any:
-    """The transformers model to patch: the given one, or the only one inside a wrapper.
+def _transformers_model(model: nn.Module) -> Any:
+    """The transformers model to patch: the given one, the only one inside a wrapper, or None.
 
     Wrappers are compiled modules, adapters (PEFT), training modules, `nn.Sequential`, ...
     """
-    from transformers import PreTrainedModel
-
-    found = _outermost(model, PreTrainedModel) if isinstance(model, nn.Module) else {}
-    if not found:
-        raise UnsupportedModelError(
-            f"{_name(model)} is not a Hugging Face model (transformers.PreTrainedModel) and holds "
-            "none: modules with a KV cache of their own are not supported in this version."
-        )
+    # A model of transformers exists only where it was imported; other models do without.
+    modeling = sys.modules.get("transformers.modeling_utils")
+    found = _outermost(model, modeling.PreTrainedModel) if modeling else {}
     if len(found) > 1:
         names = ", ".join(f"{path} ({_name(module)})" for path, module in found.items())
         raise UnsupportedModelError(
             f"{_name(model)} holds {len(found)} Hugging Face models: {names}. Patch the one that "
             "generates, by itself."
         )
-    return next(iter(found.values()))
+    return next(iter(found.values()), None)
+
+
+def _uncompiled(model: Any) -> nn.Module:
+    """The module inside a compiled one, else the module itself."""
+    return model._modules.get("_orig_mod", model)
 
 
 def _outermost(module: nn.Module, kind: type, path: str = "") -> dict[str, nn.Module]:

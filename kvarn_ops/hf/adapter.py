@@ -23,7 +23,7 @@ from .generation import OVERRIDES
 from .inspection import LayerReport, attention_modules, inspect_model
 from .layer import KVarNLayer
 
-__all__ = ["LayerReport", "PatchRecord", "attach", "detach", "inspect_model"]
+__all__ = ["LayerReport", "PatchRecord", "attach", "inspect_model"]
 
 _logger = logging.getLogger("kvarn_ops")
 
@@ -47,6 +47,21 @@ class PatchRecord:
         self.__dict__.update(state)
         wrapped([config for config in self.configs if is_wrapped(config)])
         _records.add(self)
+
+    def undo(self, model: PreTrainedModel) -> None:
+        """Undo `attach`: the model has the attributes and the behaviour it had before."""
+        for handle in self.handles:
+            handle.remove()
+        for name in OVERRIDES:
+            vars(model).pop(name, None)
+        del model._kvarn_patch
+        _records.discard(self)
+        in_use = {id(config) for other in _records for config in other.configs}
+        unwrapped([config for config in self.configs if id(config) not in in_use])
+
+    def lost(self, model: PreTrainedModel) -> bool:
+        """Whether parts of the patch are gone: nothing here can be replaced."""
+        return False
 
 
 # Models made from one config object share it: the last one to be unpatched puts it back.
@@ -72,19 +87,6 @@ def attach(model: PreTrainedModel, record: PatchRecord) -> None:
     wrapped(record.configs)
     _records.add(record)
     model._kvarn_patch = record
-
-
-def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`: the model has the attributes and the behaviour it had before."""
-    record: PatchRecord = model._kvarn_patch
-    for handle in record.handles:
-        handle.remove()
-    for name in OVERRIDES:
-        vars(model).pop(name, None)
-    del model._kvarn_patch
-    _records.discard(record)
-    in_use = {id(config) for other in _records for config in other.configs}
-    unwrapped([config for config in record.configs if id(config) not in in_use])
 
 
 def _pass_layer(

@@ -1,10 +1,10 @@
 """Replace the buffers of a recognised cache module by a `KVCache`, in place.
 
-The module stays the same object. Its class becomes a subclass of its own class, made here, so that
-`isinstance` in model code still holds: update and reset methods go to the `KVCache`, attributes that
-held the buffers give a dense copy of what is stored, all else is inherited. In the place of the
-buffers lie hollow ones, `[B, H, T, 0]`. They follow `.to(...)`; and methods with state of their own
-(a counter of tokens, a length that they return) run on them at every call, before the `KVCache`.
+The module stays the same object. Its class becomes a subclass of its own, made here, since model
+code asks `isinstance`: update and reset methods go to the `KVCache`, attributes that held the
+buffers give a dense copy of what is stored, all else is inherited. In the place of the buffers lie
+hollow ones, `[B, H, T, 0]`. They follow `.to(...)`; and methods with state of their own (a counter
+of tokens, a length that they return) run on them at every call, before the `KVCache`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def is_packed(module: nn.Module) -> bool:
 
 def pack(module: nn.Module, plan: Plan, config: KVarNConfig, backend: str) -> None:
     """Replace the buffers; what they hold is given up."""
-    from ..kvcache import KVCache
+    from ..kv_cache import KVCache
 
     keys, values = (float_buffers(module)[name] for name in (plan.keys, plan.values))
     batch, heads, tokens, width = keys.shape
@@ -223,9 +223,7 @@ def _refused_method(original: Any) -> Any:
     return method
 
 
-def _on_hollow(
-    module: Any, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _on_hollow(module: Any, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     module._kvarn_hollow = True
     try:
         return original(module, *args, **kwargs)

@@ -22,7 +22,7 @@ from .plan import REQUIRED, Plan, parameters_of
 from .recognise import recognise
 from .subject import float_buffers
 
-__all__ = ["CacheReport", "PatchRecord", "attach", "detach", "device_of", "inspect_model", "lost"]
+__all__ = ["CacheReport", "PatchRecord", "attach", "device_of", "inspect_model"]
 
 _logger = logging.getLogger("kvarn_ops")
 # Only to word an error: a call that may be missing.
@@ -49,14 +49,28 @@ class PatchRecord:
     lifetime: Any
     handles: list[Any] = field(default_factory=list)
 
+    def undo(self, model: nn.Module) -> None:
+        """Put the same modules back with their own classes, their buffers empty."""
+        for module in model.modules():
+            if is_packed(module):
+                restore(module)
+        for handle in self.handles:
+            handle.remove()
+        del model._kvarn_patch
 
-def inspect_model(model: nn.Module, config: KVarNConfig, strict: bool = True) -> list[CacheReport]:
+    def lost(self, model: nn.Module) -> bool:
+        """Whether packed caches were replaced by others since."""
+        packed = sum(report.packed for report in self.layers)
+        return packed != sum(is_packed(module) for module in model.modules())
+
+
+def inspect_model(model: nn.Module, config: KVarNConfig) -> list[CacheReport]:
     """Decide for every cache module whether it can be packed, without changing the model.
 
     Raises
     ------
     UnsupportedModelError
-        If the model holds no caches (yet), if all are out of reach, or with `strict` if one is.
+        If the model holds no caches (yet), or one that cannot be packed.
     """
     reports: list[CacheReport] = []
     for path, module in model.named_modules():
@@ -76,14 +90,13 @@ def inspect_model(model: nn.Module, config: KVarNConfig, strict: bool = True) ->
                 reason = str(error)
         if size is None and not found.dense:
             problem = f"{path or 'the model'} ({type(module).__name__}): {reason}"
-            if strict:
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} cannot be patched. {problem}. Use strict=False to "
-                    "leave this cache dense, or kvarn_ops.KVCache in your own module."
-                )
-            _logger.warning("left dense: %s", problem)
-        plan = found.plan if size is not None else None
-        reports.append(CacheReport(len(reports), path, plan is not None, reason, size, plan))
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be patched. {problem}. Use strict=False to leave "
+                "the model dense, or kvarn_ops.KVCache in your own module."
+            )
+        packed = size is not None
+        plan = found.plan if packed else None
+        reports.append(CacheReport(len(reports), path, packed, reason, size, plan))
     if not reports:
         raise UnsupportedModelError(_nothing_found(model))
     return reports
@@ -106,22 +119,6 @@ def attach(model: nn.Module, record: PatchRecord) -> None:
     model._kvarn_patch = record
 
 
-def detach(model: nn.Module) -> None:
-    """Undo `attach`: the same modules with their own classes, their buffers empty."""
-    for module in model.modules():
-        if is_packed(module):
-            restore(module)
-    for handle in model._kvarn_patch.handles:
-        handle.remove()
-    del model._kvarn_patch
-
-
-def lost(model: nn.Module) -> bool:
-    """Whether packed caches of a patched model were replaced by others since."""
-    packed = sum(report.packed for report in model._kvarn_patch.layers)
-    return packed != sum(is_packed(module) for module in model.modules())
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Device of the first cache buffer, else of the first parameter (CPU if there is none)."""
     for module in model.modules():
@@ -131,7 +128,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def _check_attached(module: nn.Module, args: tuple[Any, ...]) -> None:
-    if not is_compiling() and lost(module):
+    if not is_compiling() and module._kvarn_patch.lost(module):
         _mention_lost(type(module).__name__)
 
 

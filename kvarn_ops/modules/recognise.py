@@ -124,7 +124,7 @@ def _plan(subject: Subject, found: list[Found], what: str) -> Finding:
                 return Finding(None, f"{what}: forward() also writes to them, not understood how")
             refused.append(name)
     plan = Plan(keys, values, first.buffers_heads_first, updates, tuple(resets), tuple(refused))
-    return Finding(plan, f"{what}, written by {_form(updates[0])}")
+    return Finding(plan, f"packed, through {_form(updates[0])}")
 
 
 def _form(update: Update) -> str:
