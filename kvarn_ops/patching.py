@@ -68,18 +68,12 @@ def patch(
         If the backend cannot run on the model's device.
     """
     wanted = KVarNConfig.coerce(config, **config_overrides)
-    check_versions()
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"{_name(model)} is not a torch.nn.Module: give the model itself."
+            f"{_name(model)} is not a Hugging Face model nor any other torch.nn.Module: give the "
+            "model itself."
         )
-    target = _transformers_model(model)
-    if target is not None:
-        from .hf import adapter
-    else:
-        from .modules import attach as adapter
-
-        target = _uncompiled(model)
+    adapter, target = _adapter(model)
     resolved = dispatch.resolve(backend, adapter.device_of(target))
     record = vars(target).get("_kvarn_patch")
     if record is not None and record.lost(target):
@@ -209,6 +203,19 @@ class Lifetime:
         return Lifetime, ()
 
 
+def _adapter(model: nn.Module) -> tuple[Any, Any]:
+    """The module with the functions that patch this kind of model, and the module to patch."""
+    target = _transformers_model(model)
+    check_versions(target is not None)
+    if target is not None:
+        from .hf import adapter
+
+        return adapter, target
+    from .modules import attach
+
+    return attach, model._modules.get("_orig_mod", model)
+
+
 def _transformers_model(model: nn.Module) -> Any:
     """The transformers model to patch: the given one, the only one inside a wrapper, or None.
 
@@ -224,11 +231,6 @@ def _transformers_model(model: nn.Module) -> Any:
             "generates, by itself."
         )
     return next(iter(found.values()), None)
-
-
-def _uncompiled(model: Any) -> nn.Module:
-    """The module inside a compiled one, else the module itself."""
-    return model._modules.get("_orig_mod", model)
 
 
 def _outermost(module: nn.Module, kind: type, path: str = "") -> dict[str, nn.Module]:

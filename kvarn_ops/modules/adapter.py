@@ -174,19 +174,23 @@ def _update_method(original: Any, update: Update) -> Any:
             return original(self, *args, **kwargs)
         given = update.bind(args, kwargs)
         keys, values = given[update.keys], given[update.values]
-        shapes = None
+        _check_hollow(self)
+        position = None if update.position is None else given[update.position]
+        start, shapes = _first_position(position, update, keys), None
         if update.follows:
             args, kwargs = update.replaced(args, kwargs, keys[..., :0], values[..., :0])
             shapes = _on_hollow(self, original, args, kwargs)
         if not update.heads_first:
             keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        position = None if update.position is None else given[update.position]
-        _check_hollow(self)
-        stored = self.kvarn_cache.update(
-            keys, values, input_pos=_first_position(position, update, keys)
-        )
+        cache, dtype = self.kvarn_cache, keys.dtype
+        converted = bool(update.other_dtype) and dtype != cache.k_tail.dtype
+        if converted:
+            keys, values = keys.to(cache.k_tail.dtype), values.to(cache.k_tail.dtype)
+        stored = cache.update(keys, values, input_pos=start)
         result: list[Any] = [None, None]
         for place, dense in zip((update.keys_out, update.values_out), stored, strict=True):
+            if converted and update.other_dtype == "given":
+                dense = dense.to(dtype)
             if not update.heads_first_out:
                 dense = dense.transpose(1, 2)
             if shapes is not None:

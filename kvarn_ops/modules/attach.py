@@ -150,10 +150,10 @@ def _nothing_found(model: nn.Module) -> str:
             f"{calls[0]} looks like the call to make."
         )
     return (
-        f"{name} has no module that keeps keys and values: a pair of floating buffers [B, H, T, D] "
-        "or [B, T, H, D] of equal shape, and a method that writes new tokens into both and returns "
-        "them. Caches that a model takes and returns (tuples, lists) stay the caller's. Use "
-        "kvarn_ops.KVCache in your own attention module."
+        f"{name} is not a Hugging Face model and has no module that keeps keys and values: a pair "
+        "of floating buffers [B, H, T, D] or [B, T, H, D] of equal shape, and a method that writes "
+        "new tokens into both and returns them. Caches that a model takes and returns (tuples, "
+        "lists) stay the caller's. Use kvarn_ops.KVCache in your own attention module."
     )
 
 

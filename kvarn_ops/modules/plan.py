@@ -57,6 +57,9 @@ class Update:
     follows : bool
         The method has state besides the buffers, or returns no more than the tokens so far: it runs
         at every call, on buffers of width 0.
+    other_dtype : str
+        Keys and values of another dtype than the buffers' are refused (empty), or converted and
+        returned in the dtype that was `given` or that is `stored`.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Update:
     heads_first_out: bool = True
     as_list: bool = False
     follows: bool = False
+    other_dtype: str = ""
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The argument of each parameter.

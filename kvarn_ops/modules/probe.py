@@ -164,6 +164,7 @@ class _Trial:
             heads_first_out=heads_first_out,
             as_list=as_list,
             follows=follows,
+            other_dtype=self._other_dtype(),
         )
         return Found(update, bool(self.swapped), self.buffers_heads_first, self.form)
 
@@ -242,6 +243,18 @@ class _Trial:
         except NotAnUpdate:
             return False
         return True
+
+    def _other_dtype(self) -> str:
+        """What becomes of keys and values whose dtype is not that of the buffers."""
+        stored = self.subject.dtype
+        given = torch.bfloat16 if stored == torch.float32 else torch.float32
+        try:
+            new = self._noise(3).to(given)
+            result = self._call(self.subject.copy(), self.form, 0, new, new)
+        except NotAnUpdate:
+            return ""
+        kinds = {part.dtype for part in result}
+        return "given" if kinds == {given} else "stored" if kinds == {stored} else ""
 
     def _call(
         self, instance: nn.Module, form: str | None, start: int, keys: Tensor, values: Tensor

@@ -69,6 +69,8 @@ def _examine(module: nn.Module, names: tuple[str, str]) -> Finding:
     what = f"buffers {names[0]!r} and {names[1]!r} {tuple(buffer.shape)}"
     if buffer.is_meta:
         return Finding(None, f"{what} are on the meta device: materialize the model first")
+    if buffer.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return Finding(None, f"{what} are {buffer.dtype}: float16, bfloat16, float32 can be packed")
     if isinstance(module, torch.jit.ScriptModule):
         return Finding(None, f"{what} belong to a scripted module, whose code cannot be replaced")
     tried: dict[str, str] = {}
