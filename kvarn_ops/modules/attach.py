@@ -19,8 +19,8 @@ from ..hadamard import check_head_dim
 from ..layer_report import LayerReport
 from .adapter import is_packed, pack, restore
 from .plan import REQUIRED, Plan, parameters_of
-from .recognise import recognise
-from .subject import float_buffers
+from .recognise import Finding, recognise
+from .subject import alike, float_buffers
 
 __all__ = ["CacheReport", "PatchRecord", "attach", "device_of", "inspect_model"]
 
@@ -73,12 +73,16 @@ def inspect_model(model: nn.Module, config: KVarNConfig) -> list[CacheReport]:
         If the model holds no caches (yet), or one that cannot be packed.
     """
     reports: list[CacheReport] = []
+    known: list[tuple[nn.Module, Finding]] = []  # layers are alike: each kind is tried once
     for path, module in model.named_modules():
         if is_packed(module):
             continue
-        found = recognise(module)
+        found = next((finding for other, finding in known if alike(other, module)), None)
         if found is None:
-            continue
+            found = recognise(module)
+            if found is None:
+                continue
+            known.append((module, found))
         reason, size = found.reason, None
         if found.plan is not None:
             shape = float_buffers(module)[found.plan.keys].shape

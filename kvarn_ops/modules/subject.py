@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Subject", "float_buffers", "members"]
+__all__ = ["Subject", "alike", "float_buffers", "members", "same_state"]
 
 # Ways to reach a buffer without writing its name.
 _INDIRECT = {"__dict__", "_buffers", "buffers", "getattr", "named_buffers", "setattr", "vars"}
@@ -63,14 +63,14 @@ class Subject:
             batch, width = min(batch, 2), min(width, 2)
         self.shape = (batch, *buffer.shape[1:3], width)
         self.dtype = buffer.dtype
+        self._noise = [torch.randn(self.shape).to(self.dtype) for _ in names]
 
     def copy(self, width: int | None = None) -> nn.Module:
         """A copy whose buffers hold noise; `width` 0 makes them hollow."""
-        shape = self.shape if width is None else (*self.shape[:3], width)
         memo: dict[int, Any] = {id(weight): weight for weight in self.module.parameters()}
         held = float_buffers(self.module)
-        for name in self.names:
-            memo[id(held[name])] = torch.randn(shape).to(self.dtype)
+        for name, noise in zip(self.names, self._noise, strict=True):
+            memo[id(held[name])] = noise[..., :width].clone()
         for module in self.module.modules():
             for tensor in [*module._buffers.values(), *vars(module).values()]:
                 if isinstance(tensor, Tensor) and id(tensor) not in memo:
@@ -84,14 +84,7 @@ class Subject:
 
     def state(self, instance: nn.Module) -> dict[str, Any]:
         """Everything a copy holds besides the pair, to be compared with `same_state`."""
-        found: dict[str, Any] = {}
-        for path, module in instance.named_modules():
-            own = {key: value for key, value in vars(module).items() if key not in _MODULE_STATE}
-            for name, value in {**module._buffers, **own}.items():
-                if path or name not in self.names:
-                    kept = value.clone() if isinstance(value, Tensor) else copy.copy(value)
-                    found[f"{path}.{name}"] = kept
-        return found
+        return _state(instance, self.names)
 
     def touching(self, *names: str) -> set[str]:
         """Methods and properties whose code mentions one of the names, or none at all."""
@@ -122,6 +115,26 @@ class Subject:
                 function: Callable[..., Any] | None = part and inspect.unwrap(part)
                 if inspect.isfunction(function):
                     yield function.__code__
+
+
+def alike(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two modules differ in nothing but weights and contents of their buffers."""
+    buffers = [float_buffers(module) for module in (first, second)]
+    kinds = [{name: (x.shape, x.dtype, x.device) for name, x in held.items()} for held in buffers]
+    if type(first) is not type(second) or kinds[0] != kinds[1]:
+        return False
+    return same_state(*(_state(module, tuple(kinds[0])) for module in (first, second)))
+
+
+def _state(instance: nn.Module, besides: tuple[str, ...]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path, module in instance.named_modules():
+        own = {key: value for key, value in vars(module).items() if key not in _MODULE_STATE}
+        for name, value in {**module._buffers, **own}.items():
+            if path or name not in besides:
+                kept = value.clone() if isinstance(value, Tensor) else copy.copy(value)
+                found[f"{path}.{name}"] = kept
+    return found
 
 
 def same_state(before: dict[str, Any], after: dict[str, Any]) -> bool:

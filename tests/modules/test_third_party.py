@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 import kvarn_ops
 from kvarn_ops import UnsupportedModelError
 from kvarn_ops.config import KVarNConfig
+from kvarn_ops.lowering import record
 
 CONFIG = KVarNConfig(key_bits=8, value_bits=8, group_size=32, num_sink_tokens=8)
 B, T, PROMPT, TOTAL = 2, 256, 30, 150  # the first tile is quantized at 40 tokens, the third at 104
@@ -121,7 +122,8 @@ def test_eager_decode(make: Callable[[], Family]) -> None:
 
 @families
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_compiled_decode_never_compiles_again(make: Callable[[], Family]) -> None:
+def test_compiled_decode_is_one_fused_graph(make: Callable[[], Family]) -> None:
+    record.clear()
     family = make()
     family.setup()
     kvarn_ops.patch(family.model, CONFIG)
@@ -130,6 +132,8 @@ def test_compiled_decode_never_compiles_again(make: Callable[[], Family]) -> Non
     counters.clear()
     got = logits(family, ids, torch.compile(family.model, fullgraph=True))
     assert counters["stats"]["unique_graphs"] == 1
+    [graph] = record.recorded()
+    assert graph.ops["pre_grad"] == {"kvarn::append_at_": 2, "kvarn::attention": 2}
     torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2)
 
 
