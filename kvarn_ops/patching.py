@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -37,11 +38,13 @@ def patch(
 
     Weights, `state_dict` keys and `config.json` do not change, and a patched model that runs
     without a KVarN cache computes what it did before. `generate` uses a `KVarNCache` by default.
+    Cache modules of other models keep their methods and lose their dense buffers.
 
     Parameters
     ----------
     model : nn.Module
-        A decoder-only Hugging Face model. A compiled module is accepted: its original is patched.
+        A decoder-only Hugging Face model, or any model with KV-cache modules of its own, set up
+        and empty (docs/modules.md). A compiled module is accepted: its original is patched.
     config : KVarNConfig or str
         Config or preset name (`k4v2_g128`: 4-bit keys, 2-bit values, tiles of 128 tokens).
     backend : {"auto", "reference", "aten", "triton"}
@@ -77,18 +80,22 @@ def patch(
             "fold_rotation=True folds the rotation of values, which rotate_values=False turns off: "
             "choose one."
         )
-    check_versions()
-    try:
-        from .hf import adapter
-    except ModuleNotFoundError as error:
+    if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"{_name(model)} cannot be patched: {error.name} is not installed, and only "
-            "Hugging Face models are supported. Install kvarn-ops[hf]."
-        ) from None
-    target = _transformers_model(model)
+            f"{_name(model)} is not a Hugging Face model nor any other torch.nn.Module: give the "
+            "model itself."
+        )
+    adapter, target = _adapter(model)
+    if fold_rotation and not adapter.FOLDS_ROTATION:
+        raise UnsupportedModelError(
+            f"{_name(model)} has KV-cache modules of its own, whose values no weights are known to "
+            "make: fold_rotation=True is for Hugging Face models, leave it out."
+        )
     resolved = dispatch.resolve(backend, adapter.device_of(target))
     record = vars(target).get("_kvarn_patch")
-    if record is not None:
+    if record is not None and record.lost(target):
+        record.undo(target)
+    elif record is not None:
         asked = (wanted, resolved, fold_rotation)
         if (record.config, record.backend, record.fold_rotation) == asked:
             _logger.info("%s is already patched with %s.", _name(target), wanted.to_string())
@@ -130,13 +137,13 @@ def patch(
 def unpatch(model: _Model) -> _Model:
     """Put a patched model back exactly as it was; a model that is not patched is left alone.
 
+    Buffers of cache modules, which a patched model does not have, are allocated anew and empty.
+
     Everything patched is undone: the model itself, what it wraps, and parts patched on their own.
     """
     for target in _patched_parts(model):
-        from .hf import adapter
-
         record = vars(target)["_kvarn_patch"]
-        adapter.detach(target)
+        record.undo(target)
         if record.fold_rotation:
             from .lowering.fold_rotation import unfold_rotation
 
@@ -210,26 +217,34 @@ class Lifetime:
         return Lifetime, ()
 
 
-def _transformers_model(model: Any) -> Any:
-    """The transformers model to patch: the given one, or the only one inside a wrapper.
+def _adapter(model: nn.Module) -> tuple[Any, Any]:
+    """The module with the functions that patch this kind of model, and the module to patch."""
+    target = _transformers_model(model)
+    check_versions(target is not None)
+    if target is not None:
+        from .hf import adapter
+
+        return adapter, target
+    from .modules import attach
+
+    return attach, model._modules.get("_orig_mod", model)
+
+
+def _transformers_model(model: nn.Module) -> Any:
+    """The transformers model to patch: the given one, the only one inside a wrapper, or None.
 
     Wrappers are compiled modules, adapters (PEFT), training modules, `nn.Sequential`, ...
     """
-    from transformers import PreTrainedModel
-
-    found = _outermost(model, PreTrainedModel) if isinstance(model, nn.Module) else {}
-    if not found:
-        raise UnsupportedModelError(
-            f"{_name(model)} is not a Hugging Face model (transformers.PreTrainedModel) and holds "
-            "none: modules with a KV cache of their own are not supported in this version."
-        )
+    # A model of transformers exists only where it was imported; other models do without.
+    modeling = sys.modules.get("transformers.modeling_utils")
+    found = _outermost(model, modeling.PreTrainedModel) if modeling else {}
     if len(found) > 1:
         names = ", ".join(f"{path} ({_name(module)})" for path, module in found.items())
         raise UnsupportedModelError(
             f"{_name(model)} holds {len(found)} Hugging Face models: {names}. Patch the one that "
             "generates, by itself."
         )
-    return next(iter(found.values()))
+    return next(iter(found.values()), None)
 
 
 def _outermost(module: nn.Module, kind: type, path: str = "") -> dict[str, nn.Module]:

@@ -26,7 +26,7 @@ OLDEST_TRANSFORMERS = (4, 57)
 
 
 @cache
-def check_versions() -> None:
+def check_versions(uses_transformers: bool = True) -> None:
     """Refuse transformers that are too old; say, once in a process, what was never tried.
 
     Newer releases than the tested ones are used, never refused.
@@ -38,7 +38,7 @@ def check_versions() -> None:
     """
     torch_version, transformers = _installed()
     _mention_newer("torch", torch_version, *TESTED_TORCH)
-    if transformers is None:
+    if transformers is None or not uses_transformers:
         return
     if release(transformers) < OLDEST_TRANSFORMERS:
         raise UnsupportedModelError(

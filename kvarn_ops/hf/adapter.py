@@ -24,14 +24,9 @@ from .generation import OVERRIDES
 from .inspection import LayerReport, attention_modules, inspect_model
 from .layer import KVarNLayer
 
-__all__ = [
-    "LayerReport",
-    "PatchRecord",
-    "attach",
-    "attention_configs",
-    "detach",
-    "inspect_model",
-]
+__all__ = ["LayerReport", "PatchRecord", "attach", "attention_configs", "inspect_model"]
+
+FOLDS_ROTATION = True
 
 _logger = logging.getLogger("kvarn_ops")
 
@@ -58,6 +53,21 @@ class PatchRecord:
         wrapped([config for config in self.configs if is_wrapped(config)])
         _records.add(self)
 
+    def undo(self, model: PreTrainedModel) -> None:
+        """Undo `attach`: the model has the attributes and the behaviour it had before."""
+        for handle in self.handles:
+            handle.remove()
+        for name in OVERRIDES:
+            vars(model).pop(name, None)
+        del model._kvarn_patch
+        _records.discard(self)
+        in_use = {id(config) for other in _records for config in other.configs}
+        unwrapped([config for config in self.configs if id(config) not in in_use])
+
+    def lost(self, model: PreTrainedModel) -> bool:
+        """Whether parts of the patch are gone: nothing here can be replaced."""
+        return False
+
 
 # Models made from one config object share it: the last one to be unpatched puts it back.
 _records: weakref.WeakSet[PatchRecord] = weakref.WeakSet()
@@ -82,19 +92,6 @@ def attach(model: PreTrainedModel, record: PatchRecord) -> None:
     wrapped(record.configs)
     _records.add(record)
     model._kvarn_patch = record
-
-
-def detach(model: PreTrainedModel) -> None:
-    """Undo `attach`: the model has the attributes and the behaviour it had before."""
-    record: PatchRecord = model._kvarn_patch
-    for handle in record.handles:
-        handle.remove()
-    for name in OVERRIDES:
-        vars(model).pop(name, None)
-    del model._kvarn_patch
-    _records.discard(record)
-    in_use = {id(config) for other in _records for config in other.configs}
-    unwrapped([config for config in record.configs if id(config) not in in_use])
 
 
 def _pass_layer(

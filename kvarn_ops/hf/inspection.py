@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -14,6 +13,7 @@ from transformers.cache_utils import StaticCache, StaticLayer
 from ..config import KVarNConfig
 from ..errors import InputError, UnsupportedModelError
 from ..hadamard import check_head_dim
+from ..layer_report import LayerReport
 from .attention_source import why_not_packable
 
 __all__ = ["LayerReport", "attention_modules", "inspect_model"]
@@ -22,17 +22,6 @@ __all__ = ["LayerReport", "attention_modules", "inspect_model"]
 _DENSE_BY_DESIGN = ("Sliding", "LinearAttention", "Chunked")
 # Names of the cache among the arguments of attention modules.
 _CACHE_ARGUMENTS = ("past_key_values", "layer_past")
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What happens to one attention layer, and why."""
-
-    index: int
-    module: str
-    packed: bool
-    reason: str
-    bytes_per_token: float | None = None
 
 
 def inspect_model(model: PreTrainedModel, config: KVarNConfig) -> list[LayerReport]:
