@@ -25,6 +25,7 @@ __all__ = [
     "hint_size",
     "is_compiling",
     "is_set_here",
+    "is_unbacked",
     "keeps_custom_ops",
     "mark_static",
     "maybe_dynamic",
@@ -75,6 +76,13 @@ def fused_multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> tor
 def size_expression(size: torch.SymInt) -> Any:
     """The sympy expression of an unknown size. Reading it adds no guard, as a comparison would."""
     return size.node.expr
+
+
+def is_unbacked(size: torch.SymInt) -> bool:
+    """Whether a size depends on data, so that it is unknown even for known input shapes."""
+    from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+
+    return has_free_unbacked_symbols(size)
 
 
 def is_compiling() -> bool:
