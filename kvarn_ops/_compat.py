@@ -24,6 +24,7 @@ __all__ = [
     "get_pass_slot",
     "hint_size",
     "is_compiling",
+    "is_saved",
     "is_set_here",
     "is_unbacked",
     "keeps_custom_ops",
@@ -76,6 +77,11 @@ def fused_multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> tor
 def size_expression(size: torch.SymInt) -> Any:
     """The sympy expression of an unknown size. Reading it adds no guard, as a comparison would."""
     return size.node.expr
+
+
+def is_saved(module: torch.nn.Module, buffer: str) -> bool:
+    """Whether a buffer of a module is in its `state_dict`."""
+    return buffer not in module._non_persistent_buffers_set
 
 
 def is_unbacked(size: torch.SymInt) -> bool:

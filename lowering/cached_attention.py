@@ -147,7 +147,7 @@ def _operand(
             name = str(walk_views(node).root.target)
             if name in unlike:
                 raise _Left(f"{name} is no recognised cache: {unlike[name]}")
-        raise _Left(f"{operand.name} comes from {root.name}, which is no static cache")
+        raise _Left(f"{root.name} is no static cache and no view of the first tokens of one")
     repeat = is_head_repeat(operand, write.holds, write.layout)
     if isinstance(repeat, str):
         raise _Left(repeat)

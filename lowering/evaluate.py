@@ -15,7 +15,7 @@ import torch
 
 from kvarn_ops._compat import is_unbacked, size_expression
 
-from .axes import Node, op_name, value_of
+from .axes import Node, number, op_name, value_of
 
 __all__ = ["Evaluator", "Sources", "attribute", "size_at"]
 
@@ -52,6 +52,9 @@ class Evaluator:
             for node in module.graph.find_nodes(op="placeholder")
             if isinstance(node.meta.get("val"), torch.SymInt)
         }
+        self._plans: dict[Any, tuple[list[Node], dict[Node, Any]]] = {}
+        self._signatures: dict[Node, int] = {}
+        self._numbers: dict[Any, int] = {}
         self._order = {node: index for index, node in enumerate(module.graph.nodes)}
 
     def sources(self, nodes: Iterable[Any]) -> Sources:
@@ -100,12 +103,50 @@ class Evaluator:
         sizes = dict(sizes)
         if source is not None and isinstance(source.meta.get("val"), torch.SymInt):
             sizes[size_expression(source.meta["val"])] = position
-        values: dict[Node, Any] = {}
-        for node in sorted(self._closure(wanted.values()), key=self._order.__getitem__):
+        nodes = tuple(node for node in wanted.values() if isinstance(node, Node))
+        if (nodes, source) not in self._plans:
+            self._plans[nodes, source] = self._plan(nodes, source)
+        changing, constants = self._plans[nodes, source]
+        values = dict(constants)
+        for node in changing:
             values[node] = self._value(node, source, position, sizes, values, disturb)
         return {
             name: values[node] if isinstance(node, Node) else node for name, node in wanted.items()
         }
+
+    def signature(self, node: Any) -> int:
+        """The same number for nodes that compute the same, in whatever layer they are."""
+        if not isinstance(node, Node):
+            return self._numbers.setdefault(("constant", repr(node)), len(self._numbers))
+        if node in self._signatures:
+            return self._signatures[node]
+        key: Any = node
+        if _is_size(node):
+            key = ("size", size_expression(node.meta["val"]))
+        elif op_name(node) == "copy":
+            example = value_of(node)
+            shape = tuple(number(size) for size in example.shape)
+            key = ("copy", shape, example.dtype, self.signature(node.args[1]))
+        elif node.op == "call_function":
+            given = (node.args, dict(node.kwargs))
+            arguments = torch.fx.map_arg(given, lambda one: f"%{self.signature(one)}")
+            key = (node.target, repr(arguments))
+        self._signatures[node] = self._numbers.setdefault(key, len(self._numbers))
+        return self._signatures[node]
+
+    def _plan(
+        self, wanted: Iterable[Node], source: Node | None
+    ) -> tuple[list[Node], dict[Node, Any]]:
+        """Nodes to run at every position, in order, and the values of those that never change."""
+        changing: list[Node] = []
+        constants: dict[Node, Any] = {}
+        for node in sorted(self._closure(wanted), key=self._order.__getitem__):
+            moves = node is source or _is_size(node) or op_name(node) == "copy"
+            if moves or any(one not in constants for one in node.all_input_nodes):
+                changing.append(node)
+            else:
+                constants[node] = self._value(node, source, 0, {}, constants, 0)
+        return changing, constants
 
     def _closure(self, nodes: Iterable[Any]) -> set[Node]:
         seen: set[Node] = set()

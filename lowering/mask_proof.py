@@ -53,7 +53,7 @@ class Prover:
 
     def position(self, write: CacheWrite) -> Sources | str:
         """What gives the position from which on `write` fills the slots, or why none does."""
-        key = (write.position, number(write.count), _capacity(write))
+        key = (self.evaluator.signature(write.position), number(write.count), _capacity(write))
         if key not in self._positions:
             self._positions[key] = self._prove_position(write)
         return self._positions[key]
@@ -82,7 +82,8 @@ class Prover:
             How many slots the attention reads.
         """
         sizes = (number(write.count), _capacity(write), write.shifts)
-        key = (mask, is_causal, length, sources, sizes)
+        inputs = [self.evaluator.signature(node) for node in (mask, length)]
+        key = (*inputs, is_causal, sources, sizes)
         if key not in self._masks:
             self._masks[key] = self._judge_mask(write, sources, mask, is_causal, length)
         return self._masks[key]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from kvarn_ops._compat import is_saved
 from kvarn_ops.kv_cache import KVCache
 from kvarn_ops.layout import TileCache
 
@@ -141,15 +142,16 @@ class PackedBuffers:
         owner = attribute(self._module, prefix) if prefix else self._module
         while hasattr(owner, leaf):
             leaf, path = f"{leaf}_", f"{path}_"
-        gone = "" if write is None else write.name.rpartition(".")[2]
-        kept = owner._non_persistent_buffers_set
-        owner.register_buffer(leaf, tensor, persistent=write is not None and gone not in kept)
+        old = None if write is None else write.name.rpartition(".")[2]
+        owner.register_buffer(leaf, tensor, persistent=old is not None and is_saved(owner, old))
         with self._graph.inserting_before(self._start()):
             return self._graph.get_attr(path)
 
     def _tokens(self, write: CacheWrite) -> Node:
         """What is written, as `[B, H, S, D]` in the cache's dtype."""
         node = write.tokens
+        for _ in range(write.missing):
+            node = self._call("unsqueeze.default", node, 0)
         if write.lacks_axis:
             node = self._call("unsqueeze.default", node, write.axis)
         if write.layout != (0, 1, 2, 3):
@@ -218,11 +220,12 @@ class PackedBuffers:
 
     def _erase(self, node: Node) -> None:
         """Remove a node, and what it alone needed."""
-        stack = [node]
+        stack, erased = [node], set()
         while stack:
             one = stack.pop()
-            if one.users or one._erased or one.op in ("placeholder", "output"):
+            if one.users or one in erased or one.op in ("placeholder", "output"):
                 continue
             inputs = one.all_input_nodes
             self._graph.erase_node(one)
+            erased.add(one)
             stack += inputs

@@ -99,6 +99,9 @@ def rewrite_kv_cache(
         packed(one)
     packed.finish()
     result = exported_again(module, functional)
+    for name, value in program.state_dict.items():  # second names of tied weights
+        if name not in packed.removed:
+            result.state_dict.setdefault(name, value)
     report = RewriteReport((*done, *left), packed.removed, packed.packed_bytes)
     _logger.log(logging.WARNING if left else logging.INFO, "rewrite_kv_cache: %s", report)
     remember(result, report)

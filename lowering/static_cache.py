@@ -66,9 +66,16 @@ class CacheWrite:
         return self.position is None
 
     @property
+    def missing(self) -> int:
+        """Leading axes of size 1 that the tokens lack: an assignment drops them."""
+        return (3 if self.lacks_axis else 4) - value_of(self.tokens).ndim
+
+    @property
     def count(self) -> Any:
         """How many tokens are written, an int or SymInt."""
-        return 1 if self.lacks_axis else value_of(self.tokens).shape[self.axis]
+        if self.lacks_axis or self.axis < self.missing:
+            return 1
+        return value_of(self.tokens).shape[self.axis - self.missing]
 
 
 class _Refused(Exception):
@@ -104,14 +111,15 @@ def _cache(buffer: Node, store: Node) -> CacheWrite:
     write = replace(write, store=store)
     if write.axis == 0:
         raise _Refused("tokens lie along axis 0, where a batch is expected")
-    wanted = list(value_of(buffer).shape)
+    wanted: list[Any] = list(value_of(buffer).shape)
     if write.rows is not None:
         wanted[0] = write.rows
     wanted[write.axis] = write.count
     if write.lacks_axis:
         del wanted[write.axis]
     given = value_of(write.tokens).shape
-    if [number(size) for size in given] != [number(size) for size in wanted]:
+    padded = [1] * write.missing + [number(size) for size in given]
+    if padded != [_number_of(size) for size in wanted]:
         raise _Refused(f"{tuple(given)} is written where {tuple(wanted)} fits")
     for user in store.users:  # what is returned of the buffer itself
         raise _Refused(f"it is also read by {user.name}")
