@@ -53,7 +53,9 @@ _LAZY: dict[str, dict[str, str]] = {
     },
     "kvarn_ops.kernels": {},
     "kvarn_ops.lowering": {
+        "explain_rewrite": "rewrite_report",
         "inductor_options": "hooks",
+        "rewrite_kv_cache": "rewrite_program",
     },
     "kvarn_ops.export": {},
 }

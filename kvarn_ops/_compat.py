@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch._guards import CompileContext, TracingContext
+from torch._guards import CompileContext, TracingContext, detect_fake_mode
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.utils._config_module import _UNSET_SENTINEL
@@ -27,7 +27,9 @@ __all__ = [
     "hint_of",
     "hint_size",
     "is_compiling",
+    "is_saved",
     "is_set_here",
+    "is_unbacked",
     "keeps_custom_ops",
     "mark_static",
     "maybe_dynamic",
@@ -64,7 +66,7 @@ def trace_scalars() -> None:
     Without it, code compiled with graph breaks allowed (the default) breaks at our ops. Inductor
     evaluates the graph once more, so this is not undone; the mode ends with the compilation.
     """
-    mode = torch._guards.detect_fake_mode()
+    mode = detect_fake_mode()
     if mode is not None:
         mode.allow_scalar_outputs = True
 
@@ -91,6 +93,18 @@ def fused_multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> tor
 def size_expression(size: torch.SymInt) -> Any:
     """The sympy expression of an unknown size. Reading it adds no guard, as a comparison would."""
     return size.node.expr
+
+
+def is_saved(module: torch.nn.Module, buffer: str) -> bool:
+    """Whether a buffer of a module is in its `state_dict`."""
+    return buffer not in module._non_persistent_buffers_set
+
+
+def is_unbacked(size: torch.SymInt) -> bool:
+    """Whether a size depends on data, so that it is unknown even for known input shapes."""
+    from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+
+    return has_free_unbacked_symbols(size)
 
 
 def is_compiling() -> bool:

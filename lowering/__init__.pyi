@@ -1,1 +1,3 @@
 from kvarn_ops.lowering.hooks import inductor_options as inductor_options
+from kvarn_ops.lowering.rewrite_program import rewrite_kv_cache as rewrite_kv_cache
+from kvarn_ops.lowering.rewrite_report import explain_rewrite as explain_rewrite

@@ -17,9 +17,13 @@ import torch
 
 from kvarn_ops._compat import size_expression
 
-__all__ = ["Axes", "Factor", "Sizes", "Viewed", "op_name", "value_of", "walk_views"]
+__all__ = [
+    *("Axes", "Factor", "Node", "Number", "Sizes", "Viewed"),
+    *("number", "op_name", "value_of", "walk_views"),
+]
 
 Node = torch.fx.Node
+Number = Any  # an int, or a sympy expression of sizes that are unknown
 
 _REGROUP = {
     *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"),
@@ -62,11 +66,11 @@ class Sizes:
 
     def __call__(self, size: int | torch.SymInt) -> int:
         """One size."""
-        if isinstance(size, int):
-            return size
+        expression = number(size)
+        if isinstance(expression, int):
+            return expression
         import sympy
 
-        expression = size_expression(size)
         for symbol in sorted(expression.free_symbols, key=str):
             if symbol not in self._primes:
                 self._primes[symbol] = int(sympy.prime(10_000 + len(self._primes)))
@@ -75,6 +79,14 @@ class Sizes:
     def of(self, node: Node) -> tuple[int, ...]:
         """The shape of a node's tensor."""
         return tuple(self(size) for size in value_of(node).shape)
+
+
+def number(size: int | torch.SymInt) -> Number:
+    """A size in a form that can be compared without adding a guard."""
+    if isinstance(size, int):
+        return size
+    expression = size_expression(size)
+    return int(expression) if expression.is_Integer else expression
 
 
 def value_of(node: Any) -> Any:

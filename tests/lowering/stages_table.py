@@ -97,7 +97,10 @@ def pass_sections() -> str:
             kind = type(one)
             about, before, after = parts_of(inspect.getdoc(kind) or "", kind.__name__)
             file = f"../lowering/{kind.__module__.rpartition('.')[2]}.py"
-            text.append(f"### {kind.__name__} (`{stage}`, [{Path(file).name}]({file}))\n\n{about}\n")
+            link = f"[{Path(file).name}]({file})"
+            text.append(f"### {kind.__name__} (`{stage}`, {link})\n\n{about}\n")
+                f"### {kind.__name__} (`{stage}`, [{Path(file).name}]({file}))\n\n{about}\n"
+            )
             text.append(f"```\nBefore: {before}\nAfter:  {after}\n```\n")
     return "\n".join(text)
 
