@@ -74,7 +74,7 @@ def attend_kernel(
     if slot < dense_slots:
         peak, total, out = attend_dense(
             q_ptr, k_sink_ptr, v_sink_ptr, k_tail_ptr, v_tail_ptr, k_new_ptr, v_new_ptr, rank_ptr,
-            head_index, batch, slot, length, row, in_rows, query, limit, lowest, rows, new_tokens,
+            head_index, batch, slot, length, row_index, in_rows, query, limit, lowest, new_tokens,
             dense_slots, score_scale, softcap, D, G, SINKS, RING, LAG, STORED, N, BLOCK_T, D_PAD,
             HAS_NEW, HAS_VALID, CAUSAL_NEW, WINDOW, SOFTCAP, UPCAST,
         )  # fmt: skip
