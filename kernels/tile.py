@@ -14,23 +14,22 @@ import triton.language as tl
 
 
 @triton.jit
-def _channel(c, position, D: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr):
+def channels(c, D: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr):
+    """Channels `[WIDTH]` of a chunk; `D` where there is none."""
     W: tl.constexpr = WIDTH // PLANES
+    position = tl.arange(0, WIDTH)
     word = c * W + position % W
     return tl.where(word < D // PLANES, position // W * (D // PLANES) + word, D)
 
 
 @triton.jit
-def channels(c, D: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr):
-    """Channels `[WIDTH]` of a chunk; `D` where there is none."""
-    return _channel(c, tl.arange(0, WIDTH), D, WIDTH, PLANES)
-
-
-@triton.jit
 def channel_table(D: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr):
     """`channels` of all chunks, `[CHUNKS, WIDTH]`."""
-    chunk, position = tl.arange(0, CHUNKS)[:, None], tl.arange(0, WIDTH)[None, :]
-    return _channel(chunk, position, D, WIDTH, PLANES)
+    # The formula again: through one function `encode` took 30 registers more on sm_100.
+    W: tl.constexpr = WIDTH // PLANES
+    position = tl.arange(0, WIDTH)[None, :]
+    word = tl.arange(0, CHUNKS)[:, None] * W + position % W
+    return tl.where(word < D // PLANES, position // W * (D // PLANES) + word, D)
 
 
 @triton.jit
