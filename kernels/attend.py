@@ -53,6 +53,8 @@ def attend_kernel(
         Allocated tiles, and tiles from one KV head to the next. With `SHARED`, row b of the batch
         reads all `capacity` tiles of row `b // copies`.
     """
+    # Inductor passes Python floats as fp64, which scores would become too.
+    score_scale, softcap = tl.cast(score_scale, tl.float32), tl.cast(softcap, tl.float32)
     head_index = tl.program_id(0).to(tl.int64)
     slot = tl.program_id(1)
     batch = head_index // HEADS
