@@ -13,7 +13,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import triton
-from tqdm import tqdm
 
 from kvarn_ops import kernel_report
 from kvarn_ops.tables import write_rows
@@ -27,10 +26,7 @@ def main() -> None:
     parser.add_argument("--archs", default="all", help="with commas (default %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    archs = kernel_report.check_archs(args.archs)
-    cases = kernel_report.full_cases() if args.full else kernel_report.covering_cases()
-    with tqdm(total=len(cases) * len(archs), unit="step") as bar:
-        rows = kernel_report.compile_kernels(archs, cases, on_done=lambda name: bar.update())
+    rows = kernel_report.compile_named(args.archs, args.full)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / ("kernels_static_full.csv" if args.full else "kernels_static.csv")
     made = {

@@ -53,6 +53,8 @@ def attend_kernel(
         Allocated tiles, and tiles from one KV head to the next. With `SHARED`, row b of the batch
         reads all `capacity` tiles of row `b // copies`.
     """
+    # Inductor passes Python floats as fp64, which scores would become too.
+    score_scale, softcap = tl.cast(score_scale, tl.float32), tl.cast(softcap, tl.float32)
     head_index = tl.program_id(0).to(tl.int64)
     slot = tl.program_id(1)
     batch = head_index // HEADS
@@ -74,7 +76,7 @@ def attend_kernel(
     if slot < dense_slots:
         peak, total, out = attend_dense(
             q_ptr, k_sink_ptr, v_sink_ptr, k_tail_ptr, v_tail_ptr, k_new_ptr, v_new_ptr, rank_ptr,
-            head_index, batch, slot, length, row, in_rows, query, limit, lowest, rows, new_tokens,
+            head_index, batch, slot, length, row_index, in_rows, query, limit, lowest, new_tokens,
             dense_slots, score_scale, softcap, D, G, SINKS, RING, LAG, STORED, N, BLOCK_T, D_PAD,
             HAS_NEW, HAS_VALID, CAUSAL_NEW, WINDOW, SOFTCAP, UPCAST,
         )  # fmt: skip

@@ -5,15 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .softmax import LOG2E, softcapped
-
-
-@triton.jit
-def _weights(scores, peak):
-    """New peak of columns [1, N], `exp2(scores - peak)` and the factor for what came before."""
-    peak_new = tl.maximum(peak, tl.max(scores, axis=0, keep_dims=True))
-    base = tl.where(peak_new == -float("inf"), 0.0, peak_new)
-    return peak_new, tl.exp2(scores - base), tl.exp2(peak - base)
+from .softmax import LOG2E, raised, softcapped
 
 
 @triton.jit
@@ -35,7 +27,8 @@ def _dense_block(
     if SOFTCAP:
         scores = softcapped(scores, softcap)
     scores = tl.where(visible, scores * LOG2E, -float("inf"))
-    peak, p, shrink = _weights(scores, peak)
+    peak, base, shrink = raised(peak, tl.max(scores, axis=0, keep_dims=True), True)
+    p = tl.exp2(scores - base)
     values = tl.load(v_ptr + place, mask=readable, other=0.0)
     if UPCAST:
         values = values.to(tl.float32)
@@ -46,7 +39,7 @@ def _dense_block(
 @triton.jit
 def attend_dense(
     q_ptr, k_sink_ptr, v_sink_ptr, k_tail_ptr, v_tail_ptr, k_new_ptr, v_new_ptr, rank_ptr,
-    head_index, batch, slot, length, row, in_rows, query, limit, lowest, rows, new_tokens,
+    head_index, batch, slot, length, row_index, in_rows, query, limit, lowest, new_tokens,
     dense_slots, score_scale, softcap,
     D: tl.constexpr, G: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, LAG: tl.constexpr,
     STORED: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -60,7 +53,7 @@ def attend_dense(
     tiles = tl.maximum(length - SINKS - LAG, 0) // G
     channel = tl.arange(0, D_PAD)
     q = tl.load(
-        q_ptr + (head_index * rows + row)[None, :] * D + channel[:, None],
+        q_ptr + row_index[None, :] * D + channel[:, None],
         mask=in_rows[None, :] & (channel < D)[:, None],
         other=0.0,
     )
@@ -94,7 +87,6 @@ def attend_dense(
             score_scale, softcap, D, D_PAD, SOFTCAP, UPCAST,
         )  # fmt: skip
     if HAS_NEW:
-        rank = tl.zeros((BLOCK_T,), tl.int32)
         for block in tl.range(slot, tl.cdiv(new_tokens, BLOCK_T), dense_slots, num_stages=1):
             index = block * BLOCK_T + token
             held = index < new_tokens

@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes import code_weights, planes, unpack
-from .softmax import LOG2E, softcapped
+from .codes import code_weights, load_codes, planes, unpack
+from .softmax import LOG2E, raised, softcapped
 
 # A code counts 2**(shift - 24), and the other operand carries 2**-shift.
 TO_CODES = tl.constexpr(2.0**24)
@@ -35,10 +35,11 @@ def attend_tiles(
     weights = tl.zeros((G, N), tl.float32)  # summed over the tokens of a tile at the end
     out = tl.zeros((D_PAD, N), tl.float32)
 
+    key_bytes: tl.constexpr = G * D * KEY_BITS // 8
+    value_bytes: tl.constexpr = G * D * VALUE_BITS // 8
     # K: words [G, W_K] hold channels plane * (D / planes) + word.
     key_planes: tl.constexpr = planes(KEY_BITS)
     key_words: tl.constexpr = D // key_planes
-    key_row: tl.constexpr = D * KEY_BITS // 8
     k_place = tl.arange(0, key_planes * W_K)
     channel = k_place // W_K * key_words + k_place % W_K
     has_channel = k_place % W_K < key_words
@@ -46,7 +47,6 @@ def attend_tiles(
     k_zero = 1.0 / (k_weight * TO_CODES)
     k_center = k_zero * ((2**KEY_BITS - 1) / 2)
     # V: words [D_PAD, W_V] hold tokens plane * W_V + word.
-    value_row: tl.constexpr = G * VALUE_BITS // 8
     v_weight = code_weights(tl.arange(0, G), W_V, VALUE_BITS) * HEADROOM
     v_zero = 1.0 / (v_weight * (TO_CODES / HEADROOM))
     v_center = v_zero * ((2**VALUE_BITS - 1) / 2)
@@ -69,18 +69,8 @@ def attend_tiles(
         unit = unit * LOG2E
     for tile in tl.range(start, stop, num_stages=STAGES):
         index = first_tile + tile
-        k_base = k_codes_ptr + index * (G * key_row)
-        words = tl.load(
-            k_base.to(tl.pointer_type(tl.int16))
-            + token[:, None] * (key_row // 2) + word_k[None, :],
-            mask=k_mask, other=0,
-        )  # fmt: skip
-        high = words
-        if KEY_BITS == 3:
-            high = tl.load(
-                k_base + token[:, None] * key_row + (D // 4) + word_k[None, :],
-                mask=k_mask, other=0,
-            ).to(tl.int16)  # fmt: skip
+        k_base = k_codes_ptr + index * key_bytes
+        words, high = load_codes(k_base, token, word_k, k_mask, D, KEY_BITS)
         affine = k_affine_ptr + index * (2 * D) + channel
         scale = tl.load(affine, mask=has_channel, other=0.0)
         offset = tl.load(affine + D, mask=has_channel, other=0.0).to(tl.float32)
@@ -101,28 +91,15 @@ def attend_tiles(
         highest = tl.max(scores, axis=0, keep_dims=True)
         if not SOFTCAP:
             highest = highest * unit[None, :]
-        peak_new = tl.maximum(peak, highest)
-        base = tl.where(peak_new == -float("inf"), 0.0, peak_new) if MASKED else peak_new
+        peak, base, shrink = raised(peak, highest, MASKED)
         if SOFTCAP:
             p = tl.exp2(scores - base)
         else:
             p = tl.exp2(scores * unit[None, :] - base)
-        shrink = tl.exp2(peak - base)
-        peak = peak_new
         weights = weights * shrink + p
 
-        v_base = v_codes_ptr + index * (D * value_row)
-        words = tl.load(
-            v_base.to(tl.pointer_type(tl.int16))
-            + out_channel[:, None] * (value_row // 2) + word_v[None, :],
-            mask=v_mask, other=0,
-        )  # fmt: skip
-        high = words
-        if VALUE_BITS == 3:
-            high = tl.load(
-                v_base + out_channel[:, None] * value_row + (G // 4) + word_v[None, :],
-                mask=v_mask, other=0,
-            ).to(tl.int16)  # fmt: skip
+        v_base = v_codes_ptr + index * value_bytes
+        words, high = load_codes(v_base, out_channel, word_v, v_mask, G, VALUE_BITS)
         affine = v_affine_ptr + index * (2 * G) + token
         scale = tl.load(affine).to(tl.float32) * v_weight
         offset = tl.load(affine + G).to(tl.float32)

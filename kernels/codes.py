@@ -99,6 +99,20 @@ def unpack(words, high, BITS: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def load_codes(codes_ptr, row, word, mask, COUNT: tl.constexpr, BITS: tl.constexpr):
+    """Operands of `unpack` from rows of `COUNT` codes: `row` [R], `word` [W], `mask` of [R, W]."""
+    ROW: tl.constexpr = COUNT * BITS // 8
+    words_ptr = codes_ptr.to(tl.pointer_type(tl.int16))
+    words = tl.load(words_ptr + row[:, None] * (ROW // 2) + word[None, :], mask=mask, other=0)
+    high = words
+    if BITS == 3:
+        # Bytes of third bits follow the row's words.
+        high_ptr = codes_ptr + row[:, None] * ROW + COUNT // 4 + word[None, :]
+        high = tl.load(high_ptr, mask=mask, other=0).to(tl.int16)
+    return words, high
+
+
+@triton.jit
 def code_weights(positions, W: tl.constexpr, BITS: tl.constexpr):
     """`2**-code_shift` of the plane that each position of an unpacked row comes from."""
     plane = positions // W

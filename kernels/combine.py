@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .softmax import LOG2E
+from .softmax import LOG2E, raised
 
 
 @triton.jit(do_not_specialize=["rows", "slots", "queries", "dense_slots"])
@@ -47,12 +47,9 @@ def combine_kernel(
         present = (slot < slots)[:, None] & in_rows[None, :]
         peaks = tl.load(peak_ptr + place, mask=present, other=-float("inf"))
         totals = tl.load(total_ptr + place, mask=present, other=0.0)
-        peak_new = tl.maximum(peak, tl.max(peaks, axis=0))
-        base = tl.where(peak_new == -float("inf"), 0.0, peak_new)
-        shrink = tl.exp2(peak - base)
+        peak, base, shrink = raised(peak, tl.max(peaks, axis=0), True)
         weight = tl.exp2(peaks - base[None, :])
         total = total * shrink + tl.sum(totals * weight, axis=0)
-        peak = peak_new
         # Slots that saw nothing wrote no output.
         written = present & (peaks != -float("inf"))
         is_dense = (slot < dense_slots)[:, None]

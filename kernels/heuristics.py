@@ -28,8 +28,6 @@ __all__ = [
     "encode_shape",
 ]
 
-# The first file found counts: what `kvarn-ops tune` wrote, then what the package brings.
-_SHIPPED = Path(__file__).parent / "tuned"
 _INTERPRETER_SMS = 4
 _MOST_ROWS = 32  # accumulators of more would spill
 
@@ -115,12 +113,9 @@ def tuning_key(
 
 @lru_cache(maxsize=8)
 def tuned(device_name: str) -> dict[str, dict[str, int]]:
-    """Settings of a device by `tuning_key`."""
-    for folder in (tuning_dir(), _SHIPPED):
-        path = folder / tuning_file(device_name)
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
-    return {}
+    """Settings of a device by `tuning_key`, from what `kvarn-ops tune` wrote."""
+    path = tuning_dir() / tuning_file(device_name)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 _trial: list[dict[str, int]] = []
@@ -146,9 +141,9 @@ def attend_shape(
     head_dim: int, group_size: int, key_bits: int, value_bits: int,
 ) -> AttendShape:  # fmt: skip
     """Shape for `programs` = batch x KV heads, each with `rows` query rows and `tiles` tiles."""
-    rows_together = block_rows(rows)
+    described, rows_together = describe(device), block_rows(rows)
     key = tuning_key(key_bits, value_bits, group_size, head_dim, rows_together)
-    settings = _trial[-1] if _trial else tuned(describe(device).name).get(key, {})
+    settings = _trial[-1] if _trial else tuned(described.name).get(key, {})
     # Registers hold a tile's words and the accumulators [G, rows] and [D, rows]. A wavefront of
     # AMD has 64 threads.
     warps = rows_together // 4
@@ -156,10 +151,10 @@ def attend_shape(
         warps *= 2
     if max(key_bits, value_bits) == 8:
         warps *= 2
-    warps = settings.get("warps", min(warps, 4 if describe(device).wavefront == 64 else 8))
+    warps = settings.get("warps", min(warps, 4 if described.wavefront == 64 else 8))
     block_tokens = settings.get("block_tokens", 32 if 64 < head_dim <= 256 else 16)
     # One wave of programs: more would only write more partial results.
-    slots = describe(device).multiprocessors * settings.get("programs_per_sm", 12 // warps)
+    slots = described.multiprocessors * settings.get("programs_per_sm", 12 // warps)
     share = max(1, slots // (programs * triton.cdiv(rows, rows_together)))
     blocks = triton.cdiv(dense_tokens, block_tokens)
     dense_slots = max(1, min(blocks, share))

@@ -89,6 +89,7 @@ def _attention_block(
 ) -> Tensor:  # fmt: skip
     batch, num_q_heads, queries, head_dim = q.shape
     heads, device = cache.k_tail.shape[1], q.device
+    described = describe(device)
     ratio = num_q_heads // heads
     rows, programs = ratio * queries, batch * heads
     capacity, ring = cache.k_codes.shape[2], cache.k_tail.shape[2]
@@ -148,9 +149,9 @@ def _attention_block(
             HAS_NEW=new_tokens > 0, HAS_VALID=visible.rank is not None,
             CAUSAL_NEW=visible.causal, LIMITED=visible.limited and not is_shared,
             WINDOW=visible.first is not None and not is_shared, SHARED=is_shared,
-            SOFTCAP=softcap != 0, STAGES=shape.stages, PTX=describe(device).ptx,
+            SOFTCAP=softcap != 0, STAGES=shape.stages, PTX=described.ptx,
             # The interpreter cannot multiply them.
-            UPCAST=describe(device).interpreted and q.dtype == torch.bfloat16,
+            UPCAST=described.interpreted and q.dtype == torch.bfloat16,
             num_warps=shape.warps,
         )  # fmt: skip
 

@@ -101,6 +101,18 @@ def _pack(codes, AXIS: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def _store_packed(
+    row_ptr, word, codes, inside, COUNT: tl.constexpr, AXIS: tl.constexpr, BITS: tl.constexpr
+):  # fmt: skip
+    """Pack `codes` along `AXIS` into words `word` of rows of `COUNT` codes at `row_ptr`."""
+    words, high = _pack(codes, AXIS, BITS)
+    words_ptr = row_ptr.to(tl.pointer_type(tl.int16))
+    tl.store(words_ptr + word, words.to(tl.int16), mask=inside)
+    if BITS == 3:
+        tl.store(row_ptr + COUNT // 4 + word, high.to(tl.uint8), mask=inside)
+
+
+@triton.jit
 def quantize_keys(
     scratch_ptr, unit, channel_scale, token_scale, codes_ptr,
     D: tl.constexpr, BITS: tl.constexpr, PLUS: tl.constexpr,
@@ -144,15 +156,9 @@ def quantize_keys(
         else:
             scale, zero = _published_rounding(scale, scale * zero)
         row_scale, row_zero = put(row_scale, c, scale), put(row_zero, c, zero)
-        words, high_bits = _pack(codes, 1, BITS)
-        word = c * W + tl.arange(0, W)
-        inside = (word < D // count)[None, :]
-        place = codes_ptr + token[:, None] * ROW
-        tl.store(
-            place.to(tl.pointer_type(tl.int16)) + word[None, :], words.to(tl.int16), mask=inside
-        )
-        if BITS == 3:
-            tl.store(place + D // 4 + word[None, :], high_bits.to(tl.uint8), mask=inside)
+        word = tl.arange(0, W)[None, :] + c * W
+        row_ptr = codes_ptr + token[:, None] * ROW
+        _store_packed(row_ptr, word, codes, word < D // count, D, 1, BITS)
     if PLUS:
         token_scale = token_scale * _norm_ratio(wanted, actual)
     else:
@@ -199,7 +205,7 @@ def quantize_values(
     zero = tl.zeros((G, 1), tl.float32)
     wanted = tl.zeros((G,), tl.float32)
     actual = tl.zeros((G,), tl.float32)
-    word = tl.arange(0, W)
+    word = tl.arange(0, W)[:, None]
     for c in range(0, CHUNKS):
         x = balanced_chunk(scratch_ptr, unit, c, channel_scale, token_scale)
         scale, zero, codes = _round_to_nearest(x, low[:, None], high[:, None], BITS)
@@ -211,13 +217,7 @@ def quantize_values(
             original = tl.load(scratch_ptr + chunk_place(c, G, WIDTH)) * unit
             actual += tl.sum(tl.where(inside, restored * restored, 0.0), axis=1)
             wanted += tl.sum(original * original, axis=1)
-        words, high_bits = _pack(codes, 0, BITS)
-        place = codes_ptr + channel[None, :] * ROW
-        tl.store(
-            place.to(tl.pointer_type(tl.int16)) + word[:, None], words.to(tl.int16), mask=inside
-        )
-        if BITS == 3:
-            tl.store(place + G // 4 + word[:, None], high_bits.to(tl.uint8), mask=inside)
+        _store_packed(codes_ptr + channel[None, :] * ROW, word, codes, inside, G, 0, BITS)
     row_scale = tl.reshape(scale, (G,)) * token_scale
     row_zero = tl.reshape(zero, (G,))
     if PLUS:

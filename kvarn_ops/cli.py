@@ -143,46 +143,27 @@ def verify(
 
     With --compile, exit code 1 if a kernel for head_dim up to 256 spills registers.
     """
-    from rich.console import Console
-
-    if archs is not None:
-        _verify_binaries(archs, full, as_json)
-        return
-    from kvarn_ops.verify import as_dict, run_checks, summary
-
-    report = run_checks(backend, device, compiled_too, Console(stderr=True))
-    if as_json:
-        import json
-
-        typer.echo(json.dumps(as_dict(report), indent=2))
-    else:
-        Console().print(summary(report))
-    if not report.passed:
-        raise typer.Exit(1)
-
-
-def _verify_binaries(archs: str, full: bool, as_json: bool) -> None:
     import json
 
     from rich.console import Console
-    from tqdm import tqdm
 
-    from kvarn_ops import kernel_report
+    if archs is not None:
+        from kvarn_ops import kernel_report
 
-    wanted = kernel_report.check_archs(archs)
-    cases = kernel_report.full_cases() if full else kernel_report.covering_cases()
-    with tqdm(total=len(cases) * len(wanted), unit="step", desc="compiling") as bar:
-
-        def advance(name: str) -> None:
-            bar.set_postfix_str(name)
-            bar.update()
-
-        rows = kernel_report.compile_kernels(wanted, cases, on_done=advance)
-    if as_json:
-        typer.echo(json.dumps(kernel_report.as_dicts(rows), indent=2))
+        rows = kernel_report.compile_named(archs, full)
+        result, passed = kernel_report.as_dicts(rows), not kernel_report.spilling(rows)
+        shown, width = kernel_report.table(rows), None if sys.stdout.isatty() else 140
     else:
-        Console(width=None if sys.stdout.isatty() else 140).print(kernel_report.table(rows))
-    if any(row.spill_bytes for row in rows if "D576" not in row.config):
+        from kvarn_ops.verify import as_dict, run_checks, summary
+
+        report = run_checks(backend, device, compiled_too, Console(stderr=True))
+        result, passed = as_dict(report), report.passed
+        shown, width = summary(report), None
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        Console(width=width).print(shown)
+    if not passed:
         raise typer.Exit(1)
 
 
@@ -203,40 +184,12 @@ def tune(
 
     Kernels read it from then on, in new processes; delete it to go back to the built-in rule.
     """
-    import torch
     from rich.console import Console
-    from tqdm import tqdm
 
     from kvarn_ops import tuning
-    from kvarn_ops.config import parse_presets
 
-    configs = list(parse_presets(presets, "--presets").values())
-    dims = _integers(head_dims, "--head-dims")
-    problems = [
-        (batch, context)
-        for batch in _integers(batches, "--batches")
-        for context in _integers(contexts, "--contexts")
-    ]
-    trials = 1 + sum(len(values) for values in tuning.CANDIDATES.values())
-    with tqdm(total=len(configs) * len(dims) * trials, unit="setting") as bar:
-
-        def advance(name: str) -> None:
-            bar.set_postfix_str(name)
-            bar.update()
-
-        path = tuning.tune(
-            configs, dims, heads, problems, torch.device(device), rounds, out, advance
-        )
+    path = tuning.tune_named(presets, head_dims, heads, batches, contexts, rounds, out, device)
     Console().print(f"Written to {path}:\n{path.read_text()}")
-
-
-def _integers(text: str, option: str) -> list[int]:
-    from kvarn_ops.errors import InputError
-
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"{option} {text!r}: give integers with commas.") from None
 
 
 @app.command()

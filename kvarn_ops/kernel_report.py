@@ -21,7 +21,18 @@ from .errors import BackendError, InputError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["ARCHS", "Row", "compile_kernels", "covering_cases", "full_cases", "table"]
+__all__ = [
+    "ARCHS",
+    "Row",
+    "as_dicts",
+    "check_archs",
+    "compile_kernels",
+    "compile_named",
+    "covering_cases",
+    "full_cases",
+    "spilling",
+    "table",
+]
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 _TOKENS = 16384
@@ -66,7 +77,7 @@ class Row:
     instructions_per_code: float | None  # of the loop over tiles; NVIDIA only
 
 
-_ATTEND, _ENCODE = ("attend",), ("encode",)
+_ATTEND = ("attend",)
 
 
 def covering_cases() -> list[Case]:
@@ -103,7 +114,6 @@ def full_cases() -> list[Case]:
 def compile_kernels(
     archs: Sequence[str],
     cases: Sequence[Case],
-    processes: int | None = None,
     on_done: Callable[[str], None] = lambda name: None,
 ) -> list[Row]:
     """Compile all kernels of all cases for all architectures.
@@ -114,8 +124,6 @@ def compile_kernels(
         For example `sm_90` or `gfx942`.
     cases : sequence of Case
         What to compile.
-    processes : int, optional
-        Default: one per core.
     on_done : callable
         Called with a name after each case and architecture.
 
@@ -135,7 +143,7 @@ def compile_kernels(
     jobs = [(case, arch) for arch in archs for case in cases]
     results: dict[tuple[Case, str], list[Row]] = {}
     # Spawned: a forked child of a process with OpenMP threads may hang.
-    with ProcessPoolExecutor(processes or os.cpu_count(), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         futures = {pool.submit(compile_case, *job): job for job in jobs}
         for future in as_completed(futures):
             case, arch = futures[future]
@@ -163,6 +171,26 @@ def _rows(case: Case, arch: str) -> Iterator[Row]:
             binary.kernel, str(case), arch, binary.warps, binary.registers, binary.spill_bytes,
             binary.shared_bytes, per_code,
         )  # fmt: skip
+
+
+def compile_named(archs: str, full: bool) -> list[Row]:
+    """Compile the covering or the full cases, with a progress bar; `archs` as in `check_archs`."""
+    from tqdm import tqdm
+
+    wanted = check_archs(archs)
+    cases = full_cases() if full else covering_cases()
+    with tqdm(total=len(cases) * len(wanted), unit="step", desc="compiling") as bar:
+
+        def advance(name: str) -> None:
+            bar.set_postfix_str(name)
+            bar.update()
+
+        return compile_kernels(wanted, cases, advance)
+
+
+def spilling(rows: Sequence[Row]) -> list[Row]:
+    """Rows with spills where none are expected: at head_dim up to 256."""
+    return [row for row in rows if row.spill_bytes and "D576" not in row.config]
 
 
 def table(rows: Sequence[Row]) -> RenderableType:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import torch
 from . import dispatch
 from .benchmark.decode_step import DecodeStep, Shape
 from .benchmark.timing import Contender, Timing, alternate
-from .config import KVarNConfig
-from .errors import BackendError
+from .config import KVarNConfig, parse_presets
+from .errors import BackendError, InputError
 
-__all__ = ["CANDIDATES", "tune"]
+__all__ = ["CANDIDATES", "tune", "tune_named"]
 
 CANDIDATES: dict[str, tuple[int, ...]] = {
     "warps": (1, 2, 4, 8),
@@ -87,6 +88,45 @@ def tune(
             part.replace(path)
     dispatch.forget_tuning()
     return path
+
+
+def tune_named(
+    presets: str,
+    head_dims: str,
+    heads: str,
+    batches: str,
+    contexts: str,
+    rounds: int,
+    out: Path | None,
+    device: str,
+) -> Path:
+    """`tune` with lists as a command line gives them, with commas; shows a progress bar.
+
+    Raises
+    ------
+    InputError, ConfigError
+        If a list cannot be read.
+    """
+    from tqdm import tqdm
+
+    configs = list(parse_presets(presets, "--presets").values())
+    dims = _integers(head_dims, "--head-dims")
+    problems = list(product(_integers(batches, "--batches"), _integers(contexts, "--contexts")))
+    trials = 1 + sum(len(values) for values in CANDIDATES.values())
+    with tqdm(total=len(configs) * len(dims) * trials, unit="setting") as bar:
+
+        def advance(name: str) -> None:
+            bar.set_postfix_str(name)
+            bar.update()
+
+        return tune(configs, dims, heads, problems, torch.device(device), rounds, out, advance)
+
+
+def _integers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text!r}: give integers with commas.") from None
 
 
 def _eager(*arguments: Any) -> torch.Tensor:

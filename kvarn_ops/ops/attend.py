@@ -7,6 +7,10 @@ largest intermediate is one layer's scores, 4 bytes per token and query head.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,9 +25,36 @@ from .mask import hide, mask_of_tiles
 
 __all__ = ["attend", "attend_decode_traced", "attend_traced", "tiles_of"]
 
-_TILES_PER_CHUNK = 16
 _QUERIES_PER_BLOCK = 256
 _TYPICAL_TILES = 64  # what Inductor assumes of the number of live tiles when it weighs fusions
+
+
+class _Form(NamedTuple):
+    """What the eager form and the traced ones do differently."""
+
+    dot: Dot
+    dense: Callable[..., Partial]
+    tiles_per_chunk: int | None  # None: all at once
+    rows_together: float  # query rows that share a pass over the codes, at most
+
+
+_EAGER = _Form(dot_matmul, dense_part, 16, math.inf)
+_TRACED = _Form(dot_unrolled, dense_part_traced, None, 16)  # the rows are unrolled
+_ANY_COUNT = _Form(dot_matmul, dense_part, None, math.inf)
+
+
+class _Context(NamedTuple):
+    """What all blocks of queries of a call attend to, and how."""
+
+    cache: TileCache
+    shared: PackedTiles | None
+    k_new: Tensor
+    v_new: Tensor
+    rotation: Tensor
+    sink_logits: Tensor | None
+    scale: float
+    softcap: float
+    config: KVarNConfig
 
 
 def attend(
@@ -41,29 +72,12 @@ def attend(
 ) -> Tensor:
     """Eager form; arguments and result as in `kvarn_ops.reference.attention.attend`."""
     live_tiles = config.num_tiles(int(cache.seq_lens.max()))
-    chunks = [
-        (start, min(_TILES_PER_CHUNK, live_tiles - start))
-        for start in range(0, live_tiles, _TILES_PER_CHUNK)
-    ]
+    context = _Context(cache, shared, k_new, v_new, rotation, sink_logits, scale, softcap, config)
     outs = []
     for start in range(0, q.shape[2], _QUERIES_PER_BLOCK):
         block = slice(start, start + _QUERIES_PER_BLOCK)
         outs.append(
-            _attend_block(
-                q[:, :, block],
-                cache,
-                k_new,
-                v_new,
-                visible.queries(block),
-                rotation,
-                sink_logits,
-                scale,
-                softcap,
-                config,
-                chunks,
-                dot_matmul,
-                shared,
-            )
+            _attend_block(q[:, :, block], visible.queries(block), live_tiles, context, _EAGER)
         )
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
@@ -97,21 +111,17 @@ def attend_decode_traced(
     `k_new`, `v_new` are one token per row that is not in the cache yet, or none.
     """
     new = torch.ones(q.shape[0], 1, k_new.shape[2], dtype=torch.bool, device=q.device)
-    return _attend_block(
-        q,
-        cache,
-        k_new,
-        v_new,
-        Visible(new, first, mask=mask),
-        rotation,
-        sink_logits,
-        scale,
-        softcap,
-        config,
-        [(0, _live_tiles_traced(cache, config))],
-        dot_unrolled,
-        shared,
-    )
+    context = _Context(cache, shared, k_new, v_new, rotation, sink_logits, scale, softcap, config)
+    visible = Visible(new, first, mask=mask)
+    return _attend_block(q, visible, _live_tiles_traced(cache, config), context, _TRACED)
+
+
+def _chunks(tiles: Any, form: _Form) -> list[tuple[int, Any]]:
+    """Starts and lengths of chunks of `tiles` tiles, an int or a SymInt."""
+    step = form.tiles_per_chunk
+    if step is None:
+        return [(0, tiles)]
+    return [(start, min(step, tiles - start)) for start in range(0, tiles, step)]
 
 
 def attend_traced(
@@ -130,9 +140,8 @@ def attend_traced(
 
     All live tiles are unpacked at once, plane by plane: in fp32, up to 4 bytes per code.
     """
-    live = [(0, _live_tiles_traced(cache, config))]
-    options = (rotation, sink_logits, scale, softcap, config, live, dot_matmul, None)
-    return _attend_block(q, cache, k_new, v_new, visible, *options)
+    context = _Context(cache, None, k_new, v_new, rotation, sink_logits, scale, softcap, config)
+    return _attend_block(q, visible, _live_tiles_traced(cache, config), context, _ANY_COUNT)
 
 
 def _live_tiles_traced(cache: TileCache, config: KVarNConfig) -> int:
@@ -150,30 +159,15 @@ def _live_tiles_traced(cache: TileCache, config: KVarNConfig) -> int:
 
 
 def _attend_block(
-    q: Tensor,
-    cache: TileCache,
-    k_new: Tensor,
-    v_new: Tensor,
-    visible: Visible,
-    rotation: Tensor,
-    sink_logits: Tensor | None,
-    scale: float,
-    softcap: float,
-    config: KVarNConfig,
-    chunks: list[tuple[int, int]],
-    dot: Dot,
-    shared: PackedTiles | None,
+    q: Tensor, visible: Visible, live_tiles: Any, context: _Context, form: _Form
 ) -> Tensor:
+    cache, shared, k_new, v_new, rotation, sink_logits, scale, softcap, config = context
     batch, num_q_heads, queries, head_dim = q.shape
     num_kv_heads = cache.k_tail.shape[1]
     q_per_kv = num_q_heads // num_kv_heads
     rows = q.float().reshape(batch, num_kv_heads, q_per_kv * queries, head_dim) * scale
 
-    if dot is dot_unrolled:
-        dense = dense_part_traced(rows, cache, k_new, v_new, visible, softcap, config)
-    else:
-        dense = dense_part(rows, cache, k_new, v_new, visible, softcap, config)
-    parts = [dense]
+    parts = [form.dense(rows, cache, k_new, v_new, visible, softcap, config)]
 
     rotated = rows
     if config.equalizes:
@@ -185,10 +179,10 @@ def _attend_block(
         tile_mask = mask_of_tiles(
             visible.mask, cache.k_codes.shape[2], config, num_kv_heads, q_per_kv, queries
         )
-    for start, count in chunks:
+    for start, count in _chunks(live_tiles, form):
         tiles = cache.tiles(start, count).on(q.device)
         hidden = _tiles_hidden(cache, visible, start, count, config)
-        scores = tile_scores(rotated, tiles, config, dot)  # [B, H, n, M, G]
+        scores = tile_scores(rotated, tiles, config, form.dot)  # [B, H, n, M, G]
         scores = softcapped(scores, softcap)
         if tile_mask is not None:
             scores = hide(scores, tile_mask.narrow(2, start, count))
@@ -196,10 +190,11 @@ def _attend_block(
             hidden = hidden.repeat(1, 1, q_per_kv, 1)
         scores = scores.masked_fill(hidden.unsqueeze(1), -torch.inf)
         peak, weights, total = exponentials(scores, (2, 4))
-        part = Partial(peak.squeeze(2), total.squeeze(2), tile_output(weights, tiles, config, dot))
+        out = tile_output(weights, tiles, config, form.dot)
+        part = Partial(peak.squeeze(2), total.squeeze(2), out)
         packed = part if packed is None else _merge(packed, part)
     if shared is not None:
-        part = _attend_shared(rotated, shared, softcap, config, dot)
+        part = _attend_shared(rotated, shared, softcap, config, form)
         packed = part if packed is None else _merge(packed, part)
     if packed is not None:
         out = packed.out @ rotation.mT if config.rotate_values else packed.out
@@ -223,7 +218,7 @@ def _attend_block(
 
 
 def _attend_shared(
-    rotated: Tensor, shared: PackedTiles, softcap: float, config: KVarNConfig, dot: Dot
+    rotated: Tensor, shared: PackedTiles, softcap: float, config: KVarNConfig, form: _Form
 ) -> Partial:
     """Tiles `[B0, H, N, ...]` that every query sees; row b of the batch reads row b // (B / B0).
 
@@ -233,21 +228,18 @@ def _attend_shared(
     batch, heads, queries, head_dim = rotated.shape
     sources = shared.k_codes.shape[0]
     copies = batch // sources
-    together = copies
-    if dot is dot_unrolled:
-        together = max(n for n in range(1, copies + 1) if copies % n == 0 and n * queries <= 16)
+    divisors = [n for n in range(1, copies + 1) if copies % n == 0]
+    together = max((n for n in divisors if n * queries <= form.rows_together), default=1)
     lead = (sources, copies // together)
     rows = rotated.reshape(*lead, together, heads, queries, head_dim).transpose(2, 3)
     rows = rows.reshape(*lead, heads, together * queries, head_dim)
     total = None
-    count = shared.k_codes.shape[2]
-    step = count if dot is dot_unrolled else _TILES_PER_CHUNK
-    for start in range(0, count, step):
-        tiles = shared.tiles(start, min(step, count - start)).on(rotated.device)
+    for start, count in _chunks(shared.k_codes.shape[2], form):
+        tiles = shared.tiles(start, count).on(rotated.device)
         tiles = PackedTiles(*(tensor.unsqueeze(1) for tensor in tiles))
-        scores = softcapped(tile_scores(rows, tiles, config, dot), softcap)
+        scores = softcapped(tile_scores(rows, tiles, config, form.dot), softcap)
         peak, weights, weight_sum = exponentials(scores, (-3, -1))
-        out = tile_output(weights, tiles, config, dot)
+        out = tile_output(weights, tiles, config, form.dot)
         part = Partial(peak.squeeze(-3), weight_sum.squeeze(-3), out)
         total = part if total is None else _merge(total, part)
     assert total is not None

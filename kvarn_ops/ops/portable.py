@@ -158,7 +158,7 @@ def _attend_by_count(
 ) -> Tensor:
     """`attend_traced`, or `attend_decode_traced` if there is one new token."""
     rotation, sink_logits, scale, softcap, config = options
-    extra = [x for x in (*visible[:3], sink_logits) if x is not None]
+    extra = [x.clone() for x in (*visible[:3], sink_logits) if x is not None]
 
     def unpacked(operands: tuple[Tensor, ...]) -> tuple:
         q, k, v, rotation, *rest = operands

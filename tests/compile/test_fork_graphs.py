@@ -7,8 +7,7 @@ import torch
 from torch._dynamo.utils import ReinplaceCounters, counters
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-import kvarn_ops
-from tiny_models import random_ids, run, small_cache, teacher_forced, tiny_model
+from tiny_models import patched, random_ids, run, small_cache, teacher_forced
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -16,7 +15,7 @@ PRESET = "k8v8_g32"
 
 
 def test_a_compiled_fork_goes_on_as_an_eager_one() -> None:
-    model = kvarn_ops.patch(tiny_model(), PRESET, num_sink_tokens=8)
+    model = patched(preset=PRESET)
     prompt, more = random_ids(1, 150), random_ids(3, 70, seed=1)
     source = small_cache(model, 300, PRESET)
     run(model, prompt, source)
@@ -33,7 +32,7 @@ def test_a_compiled_fork_goes_on_as_an_eager_one() -> None:
 
 
 def test_a_compiled_fork_copies_neither_shared_nor_own_tiles() -> None:
-    model = kvarn_ops.patch(tiny_model(), PRESET, num_sink_tokens=8)
+    model = patched(preset=PRESET)
     source = small_cache(model, 8 + 32 * 13, PRESET)
     run(model, random_ids(1, 370), source)
     fork = source.fork(2)
@@ -51,3 +50,17 @@ def test_a_compiled_fork_copies_neither_shared_nor_own_tiles() -> None:
     assert tiles == 11
     for batch in (rows, len(fork.layers[0].tiles.seq_lens)):
         assert f"empty_strided_cpu(({batch}, {heads}, {tiles}, {group}, {width})" not in code
+
+
+def test_more_query_rows_than_share_a_pass_over_the_codes() -> None:
+    """Their loop over shared tiles is unrolled for 16 rows; one KV head here has 17."""
+    model = patched(
+        num_hidden_layers=1, num_attention_heads=17, num_key_value_heads=1, hidden_size=544
+    )
+    source = small_cache(model, 200)
+    run(model, random_ids(1, 150), source)
+    ids = random_ids(2, 1, seed=1)
+    wanted = run(model, ids, source.fork(2))
+    step = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = run(step, ids, source.fork(2))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)

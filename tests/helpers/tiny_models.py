@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -102,6 +103,17 @@ def random_ids(rows: int, length: int, seed: int = 0, vocab: int = 96) -> Tensor
     """Token ids without the padding token."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, vocab, (rows, length), generator=generator)
+
+
+def patched(family: str = "llama", preset: str = "k8v8_g32", **fields: Any) -> Any:
+    """A patched tiny model; `fields` are of the KVarN config or of the model's.
+
+    The preset is so precise that generated text is that of the dense model.
+    """
+    own = {field.name for field in dataclasses.fields(kvarn_ops.KVarNConfig)}
+    overrides = {"num_sink_tokens": SMALL["num_sink_tokens"]}
+    overrides |= {name: fields.pop(name) for name in own & fields.keys()}
+    return kvarn_ops.patch(tiny_model(family, **fields), preset, **overrides)
 
 
 def small_cache(model: Any, length: int = 256, preset: str = "k8v8_g32", **fields: Any) -> Any:

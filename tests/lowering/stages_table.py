@@ -99,8 +99,6 @@ def pass_sections() -> str:
             file = f"../lowering/{kind.__module__.rpartition('.')[2]}.py"
             link = f"[{Path(file).name}]({file})"
             text.append(f"### {kind.__name__} (`{stage}`, {link})\n\n{about}\n")
-                f"### {kind.__name__} (`{stage}`, [{Path(file).name}]({file}))\n\n{about}\n"
-            )
             text.append(f"```\nBefore: {before}\nAfter:  {after}\n```\n")
     return "\n".join(text)
 
