@@ -1,1 +1,1 @@
-# Public names of kvarn_ops.export: none yet.
+from .program import export_program as export_program

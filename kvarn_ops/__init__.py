@@ -57,7 +57,9 @@ _LAZY: dict[str, dict[str, str]] = {
         "inductor_options": "hooks",
         "rewrite_kv_cache": "rewrite_program",
     },
-    "kvarn_ops.export": {},
+    "kvarn_ops.export": {
+        "export_program": "program",
+    },
 }
 
 

@@ -38,6 +38,7 @@ from .validate import (
     check_window,
     waits,
 )
+from .visible import first_visible, new_visible
 
 __all__ = ["attention", "step", "step_", "step_shared", "step_shared_"]
 
@@ -121,16 +122,16 @@ def _step(
     if plain and _may_look(backend, cache, k) and not bool(cache.seq_lens.any()):
         seen = None
         if valid is not None or 0 < window < k.shape[2]:
-            seen = _new_visible(q, k, valid, causal, window)
+            seen = new_visible(q, k, valid, causal, window)
         out = attend_first(q, k, v, seen, scale)
     elif backend == "triton":
         return dispatch.step(
             q, k, v, valid, shared, cache, rotation, sinks, scale, softcap, causal, config,
-            _first_visible(cache, k, valid, window),
+            first_visible(cache, k, valid, window),
         )  # fmt: skip
     else:
-        first = _first_visible(cache, k, valid, window)
-        visible = Visible(_new_visible(q, k, valid, causal, window), first)
+        first = first_visible(cache, k, valid, window)
+        visible = Visible(new_visible(q, k, valid, causal, window), first)
         attend = dispatch.attend(backend)
         out = attend(q, cache, k, v, visible, rotation, sinks, scale, softcap, config, shared)
     if backend == "triton":
@@ -143,31 +144,6 @@ def _step(
 def _may_look(backend: str, cache: TileCache, k: Tensor) -> bool:
     """Whether the lengths may be read to see if this is a prompt: kernels never wait in a step."""
     return backend != "triton" or (k.shape[2] > 1 and waits(cache, k.shape[2]))
-
-
-def _ranks(k: Tensor, valid: Tensor | None) -> Tensor:
-    """`[B or 1, S]` int64: how many new tokens of its row come before each one, padding aside."""
-    if valid is None:
-        return torch.arange(k.shape[2], device=k.device).unsqueeze(0)
-    return valid.cumsum(-1) - valid.long()
-
-
-def _first_visible(cache: TileCache, k: Tensor, valid: Tensor | None, window: int) -> Tensor | None:
-    """`[B, S]` int64: the first position that each new token sees; None without a window."""
-    return cache.seq_lens[:, None] + _ranks(k, valid) + (1 - window) if window else None
-
-
-def _new_visible(
-    q: Tensor, k: Tensor, valid: Tensor | None, causal: bool, window: int = 0
-) -> Tensor:
-    """`[B, S, S]` bool: which new tokens each query sees."""
-    batch, count = q.shape[0], k.shape[2]
-    visible = torch.ones(count, count, dtype=torch.bool, device=q.device)
-    visible = (visible.tril() if causal else visible).expand(batch, -1, -1)
-    if window:
-        rank = _ranks(k, valid)
-        visible = visible & (rank.unsqueeze(1) > rank.unsqueeze(2) - window)
-    return visible if valid is None else visible & valid.unsqueeze(1)
 
 
 def _step_functional(
@@ -213,19 +189,15 @@ def _step_traced(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict | Non
     if op is step_shared_:
         shared, rest = PackedTiles(*rest[:_SHARED_LEN]), rest[_SHARED_LEN:]
     cache = TileCache(*rest[:_CACHE_LEN])
-    rotation, sinks, scale, softcap, _, config_line, backend, *more = rest[_CACHE_LEN:]
+    rotation, sinks, scale, softcap, causal, config_line, backend, *more = rest[_CACHE_LEN:]
     window = more[0] if more else 0
     decode = q.shape[2] == 1 and valid is None
     offloaded = cache.k_codes.device != q.device
     config, target = KVarNConfig.from_string(config_line), portable_target()
     if target is not None and shared is None and not offloaded:
-        options = (cache, rotation, sinks, scale, softcap, config, target)
+        options = (cache, rotation, sinks, scale, softcap, causal, config, window, target)
         with mode:
-            visible = Visible(
-                _new_visible(q, k, valid, rest[_CACHE_LEN + 4], window),
-                _first_visible(cache, k, valid, window),
-            )
-            out, fresh = step_portable(q, k, v, valid, visible, *options)
+            out, fresh = step_portable(q, k, v, valid, *options)
             for tensor, new in zip(cache, fresh, strict=True):
                 tensor.copy_(new)
             return out
@@ -235,7 +207,7 @@ def _step_traced(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict | Non
     if whole or backend == "reference":
         return mode.__torch_dispatch__(op, types, args, kwargs)
     with mode:
-        first = _first_visible(cache, k, None, window)
+        first = first_visible(cache, k, None, window)
         if backend == "triton":
             return dispatch.step(
                 q, k, v, None, shared, cache, rotation, sinks, scale, softcap, True, config,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +22,9 @@ from ..reference.attention import Visible
 from ..reference.encode import encode_keys, encode_values, first_equalizer
 from .attend import attend_decode_traced, attend_traced
 from .dense import tiles_of
+from .visible import first_visible, new_visible
 
 __all__ = ["PortableTarget", "append_portable", "portable", "portable_target", "step_portable"]
-
-_CACHE_LEN = len(TileCache._fields)
 
 
 class PortableTarget(NamedTuple):
@@ -72,13 +71,14 @@ def step_portable(
     k: Tensor,
     v: Tensor,
     valid: Tensor | None,
-    visible: Visible,
     cache: TileCache,
     rotation: Tensor,
     sink_logits: Tensor | None,
     scale: float,
     softcap: float,
+    causal: bool,
     config: KVarNConfig,
+    window: int,
     target: PortableTarget,
 ) -> tuple[Tensor, TileCache]:
     """Attend to the cache and to the new tokens, and the cache with them.
@@ -89,8 +89,8 @@ def step_portable(
         `[B, H_q, S, D]` and `[B, H_kv, S, D]`, S at most `target.max_new_tokens`.
     valid : Tensor or None
         `[B, S]` bool, False for padding.
-    visible : Visible
-        Which tokens the queries see.
+    window : int
+        How many tokens a query sees; 0 means all.
 
     Returns
     -------
@@ -101,11 +101,33 @@ def step_portable(
     """
     # Operands of a conditional may not share memory, as parts of one projection do.
     q, k, v = q.clone(), k.clone(), v.clone()
-    options = (rotation, sink_logits, scale, softcap, config)
-    if target.fast_decode:
-        out = _attend_by_count(q, k, v, visible, cache, options)
+    operands = [q, k, v, valid, *cache, rotation, sink_logits]
+
+    def one(*given: Tensor) -> Tensor:
+        q, k, v, _, *tensors, rotation, sinks = _absent_as_none(operands, given)
+        cache = TileCache(*tensors)
+        first = first_visible(cache, k, None, window)
+        first = None if first is None else first.narrow(1, 0, 1)
+        q, k, v = (x.narrow(2, 0, 1) for x in (q, k, v))
+        out = attend_decode_traced(
+            q, cache, k, v, rotation, sinks, scale, softcap, config, None, first
+        )
+        return out.expand(-1, -1, given[0].shape[2], -1).contiguous()
+
+    def several(*given: Tensor) -> Tensor:
+        q, k, v, valid, *tensors, rotation, sinks = _absent_as_none(operands, given)
+        cache = TileCache(*tensors)
+        visible = Visible(
+            new_visible(q, k, valid, causal, window), first_visible(cache, k, valid, window)
+        )
+        options = (rotation, sinks, scale, softcap, config)
+        return attend_traced(q, cache, k, v, visible, *options).contiguous()
+
+    present = [x for x in operands if x is not None]
+    if target.fast_decode and valid is None:
+        out = torch.ops.higher_order.cond(q.shape[2] == 1, one, several, tuple(present))
     else:
-        out = attend_traced(q, cache, k, v, visible, *options)
+        out = several(*present)
     span = _Span(cache.seq_lens, _count(k, valid))
     full = span.stop > capacity(config, cache.k_codes.shape[2])
     out = out.masked_fill(full[:, None, None, None], torch.nan)
@@ -153,32 +175,10 @@ def append_portable(
     return TileCache(*packed, k_sink, v_sink, k_tail, v_tail, *encoded[-2:], span.stop)
 
 
-def _attend_by_count(
-    q: Tensor, k: Tensor, v: Tensor, visible: Visible, cache: TileCache, options: tuple
-) -> Tensor:
-    """`attend_traced`, or `attend_decode_traced` if there is one new token."""
-    rotation, sink_logits, scale, softcap, config = options
-    extra = [x.clone() for x in (*visible[:3], sink_logits) if x is not None]
-
-    def unpacked(operands: tuple[Tensor, ...]) -> tuple:
-        q, k, v, rotation, *rest = operands
-        cache, given = TileCache(*rest[:_CACHE_LEN]), iter(rest[_CACHE_LEN:])
-        parts = [None if x is None else next(given) for x in (*visible[:3], sink_logits)]
-        return q, k, v, cache, Visible(*parts[:3]), (rotation, parts[3], scale, softcap, config)
-
-    def one(*operands: Tensor) -> Tensor:
-        q, k, v, cache, seen, options = unpacked(operands)
-        first = None if seen.first is None else seen.first.narrow(1, 0, 1)
-        q, k, v = (x.narrow(2, 0, 1) for x in (q, k, v))
-        out = attend_decode_traced(q, cache, k, v, *options, None, first)
-        return out.expand(-1, -1, operands[0].shape[2], -1).contiguous()
-
-    def several(*operands: Tensor) -> Tensor:
-        q, k, v, cache, seen, options = unpacked(operands)
-        return attend_traced(q, cache, k, v, seen, *options).contiguous()
-
-    operands = (q, k, v, rotation, *cache, *extra)
-    return torch.ops.higher_order.cond(q.shape[2] == 1, one, several, operands)
+def _absent_as_none(operands: list[Tensor | None], present: tuple[Tensor, ...]) -> list[Any]:
+    """`present` in the places of `operands` that are not None."""
+    rest = iter(present)
+    return [None if x is None else next(rest) for x in operands]
 
 
 def _count(k: Tensor, valid: Tensor | None) -> Tensor:

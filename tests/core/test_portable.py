@@ -8,9 +8,7 @@ import torch
 from kvarn_ops.config import KVarNConfig
 from kvarn_ops.hadamard import hadamard
 from kvarn_ops.layout import TileCache, allocate, capacity
-from kvarn_ops.ops.attention import _first_visible, _new_visible
 from kvarn_ops.ops.portable import PortableTarget, step_portable
-from kvarn_ops.reference.attention import Visible
 
 B, H, Q, D, MOST = 2, 2, 4, 32, 70
 
@@ -22,10 +20,12 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("padded", "fast_decode"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("window", [0, 45])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.to_string())
-def test_steps_of_any_length_agree(config: KVarNConfig, window: int, padded: bool) -> None:
+def test_steps_of_any_length_agree(
+    config: KVarNConfig, window: int, padded: bool, fast_decode: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
     expected = allocate(config, B, H, D, 330, torch.float32, "cpu")
     got = TileCache(*(tensor.clone() for tensor in expected))
@@ -34,16 +34,14 @@ def test_steps_of_any_length_agree(config: KVarNConfig, window: int, padded: boo
         k, v = torch.randn(2, B, H, count, D, generator=generator)
         q = torch.randn(B, Q, count, D, generator=generator)
         valid = torch.rand(B, count, generator=generator) > 0.3 if padded else None
-        visible = Visible(
-            _new_visible(q, k, valid, True, window), _first_visible(got, k, valid, window)
-        )
         out, *stored = torch.ops.kvarn.step(
             q, k, v, valid, *expected, rotation, *options, True, config.to_string(), "reference",
             window,
         )  # fmt: skip
         result, got = step_portable(
-            q, k, v, valid, visible, got, rotation, *options, config, PortableTarget(MOST, False)
-        )
+            q, k, v, valid, got, rotation, *options, True, config, window,
+            PortableTarget(MOST, fast_decode),
+        )  # fmt: skip
         expected = TileCache(*stored)
         for name, a, b in zip(TileCache._fields, got, expected, strict=True):
             assert torch.equal(a, b), f"{name} after {count} tokens, {int(got.seq_lens[0])} in all"
@@ -60,10 +58,9 @@ def test_too_many_tokens_give_nan_and_leave_the_tiles() -> None:
     for count, full in ((limit, False), (1, True), (40, True)):
         q = torch.randn(B, Q, count, D)
         new = (q, k[:, :, :count], v[:, :, :count], None)
-        visible = Visible(_new_visible(*new[:2], None, True))
         tiles = [tensor.clone() for tensor in cache.packed]
         out, cache = step_portable(
-            *new, visible, cache, hadamard(D), None, 1.0, 0.0, config, PortableTarget(limit, False)
+            *new, cache, hadamard(D), None, 1.0, 0.0, True, config, 0, PortableTarget(limit, False)
         )
         assert bool(out.isnan().all()) == full
         same = all(torch.equal(a, b) for a, b in zip(tiles, cache.packed, strict=True))

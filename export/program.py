@@ -1,0 +1,74 @@
+"""`export_program`: a patched model as a `torch.export.ExportedProgram`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from kvarn_ops.errors import InputError
+
+from .step_model import StepModel
+
+__all__ = ["export_program", "export_step"]
+
+
+def export_program(
+    model: nn.Module, *, max_cache_len: int, batch_size: int = 1, dynamic: bool | int = True
+) -> ExportedProgram:
+    """Export prefill and decode of a patched model as one program with a packed cache.
+
+    The program takes `input_ids` `[batch_size, S]` int64 and returns `logits`
+    `[batch_size, S, vocabulary]`. The cache is its buffers, which start empty, are updated by every
+    call and are not saved with the weights. It contains our ops: a process that loads it imports
+    `kvarn_ops` first. docs/export.md says more.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A patched Hugging Face model in eval mode. It is not changed.
+    max_cache_len : int
+        Most tokens of a sequence.
+    batch_size : int
+        Rows.
+    dynamic : bool or int
+        True: S is any number from 1 to `max_cache_len`; a number: from 1 to that. False: S is 1.
+
+    Returns
+    -------
+    ExportedProgram
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model is not patched, or not all of its layers are packed.
+    InputError
+        If a size is out of range.
+
+    Examples
+    --------
+    >>> kvarn_ops.patch(model)
+    >>> program = kvarn_ops.export.export_program(model, max_cache_len=4096)
+    >>> torch.export.save(program, "model.pt2")
+    """
+    most = max_cache_len if dynamic is True else int(dynamic) or 1
+    return export_step(StepModel(model, max_cache_len, batch_size), most)
+
+
+def export_step(step: StepModel, most: int) -> ExportedProgram:
+    """Export a step of 1 to `most` new tokens."""
+    if not 1 <= most <= step.max_cache_len:
+        raise InputError(
+            f"{most} new tokens at once: give a number from 1 to max_cache_len "
+            f"({step.max_cache_len})."
+        )
+    device = step.get_buffer("rotation").device
+    tokens = torch.zeros(step.batch_size, min(2, most), dtype=torch.int64, device=device)
+    shapes: Any = ({1: Dim("new_tokens", min=1, max=most)},) if most > 1 else None
+    step.reset()
+    with torch.no_grad():
+        program = torch.export.export(step, (tokens,), dynamic_shapes=shapes, strict=True)
+    step.reset()
+    return program

@@ -1,0 +1,91 @@
+"""A patched model and its packed cache as one module, which exporters take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvarn_ops.errors import InputError, UnsupportedModelError
+
+__all__ = ["StepModel"]
+
+
+class StepModel(nn.Module):
+    """`input_ids` `[B, S]` int64 to `logits` `[B, S, vocabulary]`; the cache is its buffers.
+
+    Buffers `past_<layer>_<field>` are the fields of `kvarn_ops.layout.TileCache`, and
+    `past_<layer>_length` is how many tokens came. They are not persistent and start empty,
+    whatever the model was used for before.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A patched Hugging Face model.
+    max_cache_len : int
+        Most tokens of a sequence.
+    batch_size : int
+        Rows.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model is not patched, or keeps layers outside the packed cache.
+    InputError
+        If a size is not positive, or the model is in train mode.
+    """
+
+    def __init__(self, model: nn.Module, max_cache_len: int, batch_size: int = 1) -> None:
+        super().__init__()
+        record = vars(model).get("_kvarn_patch")
+        if record is None or not hasattr(model, "config"):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is not a patched Hugging Face model: call "
+                "kvarn_ops.patch(model) first."
+            )
+        if model.training:
+            raise InputError("the model is in train mode: call model.eval() before an export.")
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size}: give an integer >= 1.")
+        self.model: Any = model
+        self.max_cache_len, self.batch_size, self.kvarn_config = (
+            max_cache_len, batch_size, record.config,
+        )  # fmt: skip
+        self.cache = self._empty_cache(record)
+        for index, layer in enumerate(self.cache.layers):
+            for name, tensor in layer.tiles._asdict().items():
+                self.register_buffer(f"past_{index}_{name}", tensor, persistent=False)
+            length = layer.cumulative_length
+            self.register_buffer(f"past_{index}_length", length, persistent=False)
+        self.register_buffer("rotation", self.cache.layers[0].rotation, persistent=False)
+
+    def _empty_cache(self, record: Any) -> Any:
+        """A cache of the shapes and dtypes that the model writes, found by writing one token."""
+        from kvarn_ops.hf.cache import KVarNCache
+        from kvarn_ops.hf.layer import KVarNLayer
+
+        device = next(self.model.parameters()).device
+        cache = KVarNCache(
+            self.model.config, self.max_cache_len, record.config, backend=record.backend,
+            device=device,
+        )  # fmt: skip
+        for index, layer in enumerate(cache.layers):
+            if not isinstance(layer, KVarNLayer):
+                raise UnsupportedModelError(
+                    f"layer {index} of {type(self.model).__name__} is a {type(layer).__name__}, "
+                    "which stays dense: only models whose layers are all packed are exported."
+                )
+        token = torch.zeros(self.batch_size, 1, dtype=torch.int64, device=device)
+        with torch.no_grad():
+            self.model(input_ids=token, past_key_values=cache, use_cache=True)
+        cache.reset()
+        return cache
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits of new tokens, which the cache then holds."""
+        return self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True).logits
+
+    def reset(self) -> None:
+        """Start a new sequence."""
+        self.cache.reset()
