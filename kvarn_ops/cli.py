@@ -206,6 +206,9 @@ def inspect(
     dtype: Annotated[
         str | None, typer.Option(help="Of keys and values: bf16, fp16 or fp32; default: the model.")
     ] = None,
+    graph: Annotated[
+        bool, typer.Option(help="Trace a decode step too, and list the attentions of its graph.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """What would be packed in a model and what that saves; exit code 1 if it would be refused."""
@@ -220,6 +223,10 @@ def inspect(
         from rich.console import Console
 
         Console().print(capacity_tables.summary(found))
+        if graph and not found.refusal:
+            from kvarn_ops.hf.traced_step import explain_step
+
+            typer.echo(str(explain_step(directory, preset.partition(",")[0])))
     if found.refusal:
         raise typer.Exit(1)
 

@@ -202,6 +202,19 @@ def explain(model: nn.Module) -> Explanation:
     )
 
 
+def passes_only(module: Any, inputs: Any) -> Any:
+    """A backend for `torch.compile` that runs our passes on Dynamo's graph, and compiles nothing.
+
+    It also works on the meta device, where nothing can be computed.
+    """
+    from .lowering.pipeline import PRE_GRAD
+    from .lowering.stage import Stage
+
+    Stage("pre_grad", PRE_GRAD)(module.graph)
+    module.recompile()
+    return module.forward
+
+
 class Lifetime:
     """Keeps our Inductor pass installed while a patched model or a copy of it lives."""
 

@@ -55,7 +55,7 @@ class Layer(nn.Module):
 
 
 def outcome(form: Form) -> list[str]:
-    """Cells: eager, Dynamo's graph, after PRE_GRAD, after AOTAutograd."""
+    """Cells: Dynamo's graph, after PRE_GRAD, after AOTAutograd."""
     cells: list[str] = []
 
     def functional(module: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -79,13 +79,13 @@ def outcome(form: Form) -> list[str]:
     with torch.no_grad():
         layer = Layer(form).eval()
         torch.compile(layer, backend=compiler, fullgraph=True)(q, k, v, torch.tensor([0]))
-    return ["dense copy", *cells]
+    return cells
 
 
 def form_table() -> str:
     """One line per form: those that are fused, then the near misses."""
     every = [*forms.FUSED.values(), *forms.REFUSED]
-    head = ["form", "eager", "Dynamo's graph", "after `PRE_GRAD`", "after AOTAutograd"]
+    head = ["form", "Dynamo's graph", "after `PRE_GRAD`", "after AOTAutograd"]
     return markdown(head, [[f"`{form.__name__}`", *outcome(form)] for form in every])
 
 
@@ -99,7 +99,7 @@ def pass_sections() -> str:
             file = f"../lowering/{kind.__module__.rpartition('.')[2]}.py"
             link = f"[{Path(file).name}]({file})"
             text.append(f"### {kind.__name__} (`{stage}`, {link})\n\n{about}\n")
-            text.append(f"```\nBefore: {before}\nAfter:  {after}\n```\n")
+            text.append(f"```\nBefore:{before}\nAfter:{after}\n```\n")
     return "\n".join(text)
 
 
@@ -108,8 +108,7 @@ def parts_of(doc: str, name: str) -> tuple[str, str, str]:
     match = re.fullmatch(r"(.*?)\n+Before:(.*?)\nAfter:(.*)", doc, re.DOTALL)
     if match is None:
         raise SystemExit(f"the docstring of {name} needs `Before:` and `After:`, in this order")
-    about, before, after = (part.rstrip().removeprefix(" ") for part in match.groups())
-    return about, before.lstrip(" "), after.lstrip(" ")
+    return match[1].rstrip(), match[2].rstrip(), match[3].rstrip()
 
 
 BLOCKS = {"forms": form_table, "passes": pass_sections}

@@ -30,8 +30,9 @@ def compiled(
     with torch.no_grad(), fresh_cache(), caplog.at_level(logging.INFO, "kvarn_ops"):
         _, codes = run_and_get_code(step, *args)
     (found,) = record.recorded()
-    warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-    infos = [r.getMessage() for r in caplog.records if r.getMessage().startswith("graph ")]
+    ours = [r for r in caplog.records if r.name == "kvarn_ops"]
+    warnings = [r.getMessage() for r in ours if r.levelno >= logging.WARNING]
+    infos = [r.getMessage() for r in ours if r.levelno == logging.INFO]
     assert len([text for text in infos if text == found.summary()]) == 1, "one summary per graph"
     return found, warnings, "\n".join(codes)
 

@@ -232,3 +232,13 @@ def test_a_model_that_is_no_decoder_is_refused(tmp_path):
     directory_of(config, tmp_path, hidden_size=63)  # not divisible by the heads
     with pytest.raises(InputError, match="transformers cannot build"):
         model_dir.open_model_dir(tmp_path)
+
+
+def test_the_attentions_of_the_graph_are_listed(tmp_path, fresh_dynamo):
+    directory = directory_of(tiny_model("gemma3_text").config, tmp_path)
+    printed = command(directory, "--graph")
+    assert printed.exit_code == 0, printed.output
+    lines = printed.output.splitlines()
+    packed = [i for i, line in enumerate(lines) if "layers.1.self_attn" in line]
+    assert "kvarn::step_: reads packed tiles" in lines[packed[0] + 1]
+    assert any("layers.0.self_attn" in line and "no packed cache" in line for line in lines)
