@@ -99,11 +99,16 @@ def step_portable(
     cache : TileCache
         New tensors; the old ones are not written.
     """
-    # Operands of a conditional may not share memory, as parts of one projection do.
+    # Operands of a conditional may not share memory, as parts of one projection do. The sum is for
+    # torch 2.13, whose fake tensors take a buffer of one element for a constant, also if it changes.
     q, k, v = q.clone(), k.clone(), v.clone()
+    cache = cache._replace(
+        seq_lens=cache.seq_lens + torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
+    )
     operands = [q, k, v, valid, *cache, rotation, sink_logits]
 
-    def one(*given: Tensor) -> Tensor:
+    # Conditionals give tuples: Inductor takes a lone tensor for a sequence of results.
+    def one(*given: Tensor) -> tuple[Tensor]:
         q, k, v, _, *tensors, rotation, sinks = _absent_as_none(operands, given)
         cache = TileCache(*tensors)
         first = first_visible(cache, k, None, window)
@@ -112,22 +117,22 @@ def step_portable(
         out = attend_decode_traced(
             q, cache, k, v, rotation, sinks, scale, softcap, config, None, first
         )
-        return out.expand(-1, -1, given[0].shape[2], -1).contiguous()
+        return (out.expand(-1, -1, given[0].shape[2], -1).contiguous(),)
 
-    def several(*given: Tensor) -> Tensor:
+    def several(*given: Tensor) -> tuple[Tensor]:
         q, k, v, valid, *tensors, rotation, sinks = _absent_as_none(operands, given)
         cache = TileCache(*tensors)
         visible = Visible(
             new_visible(q, k, valid, causal, window), first_visible(cache, k, valid, window)
         )
         options = (rotation, sinks, scale, softcap, config)
-        return attend_traced(q, cache, k, v, visible, *options).contiguous()
+        return (attend_traced(q, cache, k, v, visible, *options).contiguous(),)
 
     present = [x for x in operands if x is not None]
     if target.fast_decode and valid is None:
-        out = torch.ops.higher_order.cond(q.shape[2] == 1, one, several, tuple(present))
+        (out,) = torch.ops.higher_order.cond(q.shape[2] == 1, one, several, tuple(present))
     else:
-        out = several(*present)
+        (out,) = several(*present)
     span = _Span(cache.seq_lens, _count(k, valid))
     full = span.stop > capacity(config, cache.k_codes.shape[2])
     out = out.masked_fill(full[:, None, None, None], torch.nan)
