@@ -182,12 +182,13 @@ class Prover:
     def _cases(self, write: CacheWrite, sources: Sources) -> list[tuple[int, dict[Any, int], int]]:
         """Positions, sizes and numbers of new tokens to try: every position, and every query."""
         capacity, count = _capacity(write), write.count
-        sizes = {symbol: max(low, 1) for symbol, (low, _) in self.ranges.items()}
+        sizes = {symbol: max(low, min(3, high)) for symbol, (low, high) in self.ranges.items()}
         if isinstance(count, int):
             last = capacity - count if sources.positions else 0
             return [(position, sizes, count) for position in range(last + 1)]
         symbol = size_expression(count)
-        low, high = sizes[symbol], min(self.ranges[symbol][1], capacity)
+        low, high = self.ranges[symbol]
+        low, high = max(low, 1), min(high, capacity)
         cases = []
         for tokens in sorted({low, min(low + 1, high), (low + high) // 2, high}):
             last = capacity - tokens if sources.positions else 0
