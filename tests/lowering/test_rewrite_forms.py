@@ -246,6 +246,15 @@ def _last(module, pos):
     return {"attn_mask": causal(module, pos)["attn_mask"][:, 1:]}
 
 
+def _short_table(module, pos):
+    return {"attn_mask": torch.ones(40, T, dtype=torch.bool).tril()[pos]}
+
+
+def _rows(cache, x, pos):
+    cache[: x.shape[0], :, pos] = x
+    return cache
+
+
 def _tiled(x):
     return x.repeat(1, HQ // H, 1, 1)
 
@@ -267,6 +276,8 @@ NEAR_MISSES = {
     "not the first tokens": (Attention(mask=_last, read=lambda x: x[:, :, 1:]), 1, "first tokens"),
     "a mask that looks ahead": (Attention(mask=_look_ahead), 1, "hold no token yet"),
     "no mask": (Attention(mask=lambda m, p: {}), 1, "hold no token yet"),
+    "a mask that ends early": (Attention(mask=_short_table), 1, "fails at position 40"),
+    "every other row": (Attention(_rows, read=lambda x: x[::2].repeat(2, 1, 1, 1)), 1, "first tok"),
     "is_causal": (Attention(mask=lambda m, p: {"is_causal": True}), 4, "is_causal=True"),
     "dropout": (Attention(mask=lambda m, p: {"dropout_p": 0.5} | causal(m, p)), 1, "dropout"),
     "a shift without mask": (Attention(forms.shift, lambda m, p: {}), 1, "no mask tells"),
