@@ -65,7 +65,7 @@ class FuseAttention:
         for source in sources:
             count += _fuse(source, [m for m in matches if m.source is source], read_by, order)
         if count:
-            graph.eliminate_dead_code(_is_impure)
+            _erase_unread(graph, {*sources, *read_by, *(match.call.out for match in matches)})
             graph.lint()
         return count
 
@@ -196,7 +196,6 @@ def _replace(match: _Match) -> None:
             new = _like_sdpa(graph, new)
             new.meta.update(call.out.meta)
     call.out.replace_all_uses_with(new)
-    graph.erase_node(call.out)
 
 
 def _mask(graph: torch.fx.Graph, call: AttentionCall, tokens: int) -> Node:
@@ -257,8 +256,15 @@ def _reads_cache(call: AttentionCall) -> bool:
     return False
 
 
-def _is_impure(node: Node) -> bool:
-    return node.is_impure() and not _is_dequantize(node)
+def _erase_unread(graph: torch.fx.Graph, ours: set[Node]) -> None:
+    """Erase those of our nodes that nothing reads any more.
+
+    Not `eliminate_dead_code`: Dynamo's graph holds in-place methods (`counter.add_(1)`), which have
+    no readers either, and torch 2.11 takes our own in-place ops for pure.
+    """
+    for node in reversed(list(graph.nodes)):
+        if node in ours and not node.users:
+            graph.erase_node(node)
 
 
 def _refuse(node: Node, reason: str) -> None:

@@ -119,3 +119,24 @@ def test_graphs_without_a_cache_are_left_at_once() -> None:
     torch._dynamo.reset()
     torch.compile(forms.enable_gqa, backend=backend)(q, k, v, mask)
     assert backend.rewrites == 0
+
+
+def test_what_else_the_graph_changes_in_place_stays() -> None:
+    class Counting(Attention):
+        def __init__(self) -> None:
+            super().__init__(forms.enable_gqa)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, q, k, v, input_pos):
+            self.calls.add_(1)
+            return super().forward(q, k, v, input_pos)
+
+    module, backend = Counting(), Rewriting()
+    torch._dynamo.reset()
+    step = torch.compile(module, backend=backend, fullgraph=True)
+    for place in range(3):
+        q, k, v = torch.randn(B, Q, 1, D), torch.randn(B, H, 1, D), torch.randn(B, H, 1, D)
+        step(q, k, v, torch.tensor([place]))
+    assert backend.rewrites == 1
+    assert module.calls.item() == 3
+    assert module.cache.seq_lens.tolist() == [3, 3]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -176,3 +177,9 @@ def test_transformers_is_not_needed_and_the_example_runs(repo_root: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     assert "k4v2_g128" in done.stdout
+
+
+def test_the_page_runs(repo_root: Path, capsys: pytest.CaptureFixture) -> None:
+    page = (repo_root / "docs" / "modules.md").read_text()
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), {})
+    assert "packed, through update(input_pos, k, v)" in capsys.readouterr().out

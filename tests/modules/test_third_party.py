@@ -135,6 +135,8 @@ def test_compiled_decode_is_one_fused_graph(make: Callable[[], Family]) -> None:
     [graph] = record.recorded()
     assert graph.ops["pre_grad"] == {"kvarn::append_at_": 2, "kvarn::attention": 2}
     torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2)
+    sizes = {getattr(module, "size", TOTAL) for module in family.model.modules()}
+    assert sizes == {TOTAL}, "torchtune's own count of tokens"
 
 
 def test_a_sliding_window_of_litgpt_stays_dense() -> None:
