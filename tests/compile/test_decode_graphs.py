@@ -15,16 +15,12 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
 import kvarn_ops
-from tiny_models import random_ids, run, small_cache, teacher_forced, tiny_model
+from tiny_models import patched, random_ids, run, small_cache, teacher_forced, tiny_model
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 PRESET = "k8v8_g32"  # compiles faster than fewer bits; the default has its own test
 PROMPTS = (20, 45, 70)
-
-
-def patched(preset: str = PRESET, **fields: Any) -> Any:
-    return kvarn_ops.patch(tiny_model(), preset, **fields)
 
 
 def graphs() -> int:
@@ -77,7 +73,7 @@ def test_one_graph_for_all_positions_and_prompts() -> None:
 
 
 def test_the_default_config_over_a_tile_boundary() -> None:
-    model = patched("k4v2_g128")
+    model = patched(preset="k4v2_g128", num_sink_tokens=128)
     start_counting()
     step = torch.compile(model, fullgraph=True)
     ids = random_ids(1, 340)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import kvarn_ops
+from fresh_process import last_line, start_python
 from kvarn_ops.lowering import source_pass
 from tiny_models import tiny_model
 
@@ -52,24 +50,13 @@ def test_two_processes_and_one_warm_cache(tmp_path: Path, repo_root: Path) -> No
         shutil.copytree(
             repo_root / folder, package / folder, ignore=shutil.ignore_patterns("__pycache__")
         )
-    paths = [str(package), str(repo_root / "tests" / "helpers")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
-    }
 
     def fresh_process() -> dict[str, Any]:
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        result = json.loads(done.stdout.splitlines()[-1])
+        done = start_python(
+            "-c", SCRIPT, cwd=tmp_path, path=[package, repo_root / "tests" / "helpers"],
+            PYTHONDONTWRITEBYTECODE="1", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
+        )  # fmt: skip
+        result = json.loads(last_line(done))
         assert Path(result["file"]).is_relative_to(package), "another copy was imported"
         assert result["bypasses"] == 0, "the compile cache is off: nothing is tested"
         return result

@@ -13,19 +13,12 @@ from hypothesis import strategies as st
 import kvarn_ops
 from kvarn_ops.errors import CacheCropError, CacheError
 from kvarn_ops.hf.generation import _heuristic_draft
-from tiny_models import assert_same_state, cache_state, random_ids, small_cache, tiny_model
+from tiny_models import assert_same_state, cache_state, patched, random_ids, small_cache, tiny_model
 from tiny_tokenizers import letter_tokenizer, word_tokenizer
 
 pytestmark = pytest.mark.transformers("5.17", "caches there cannot take back a number of tokens")
 
 GREEDY = {"max_new_tokens": 90, "do_sample": False, "return_dict_in_generate": True}
-
-
-def patched(family: str = "llama", **fields: Any) -> Any:
-    model_fields = {key: fields.pop(key) for key in ("vocab_size", "seed") if key in fields}
-    return kvarn_ops.patch(
-        tiny_model(family, **model_fields), "k8v8_g32", num_sink_tokens=8, **fields
-    )
 
 
 def assistant(length: int = 20, schedule: str = "constant") -> Any:

@@ -16,6 +16,7 @@ from kvarn_ops.hf import adapter
 from tiny_models import (
     assert_same_state,
     cache_state,
+    patched,
     random_ids,
     run,
     small_cache,
@@ -24,10 +25,6 @@ from tiny_models import (
 )
 
 PRESET = "k8v8_g32"
-
-
-def patched(family: str = "llama", preset: str = PRESET, **fields: Any) -> Any:
-    return kvarn_ops.patch(tiny_model(family, **fields), preset, num_sink_tokens=8)
 
 
 @pytest.fixture(scope="module")

@@ -12,19 +12,15 @@ import torch
 
 import kvarn_ops
 from kvarn_ops.layout import PackedTiles
-from tiny_models import random_ids, run, small_cache, teacher_forced, tiny_model
+from tiny_models import patched, random_ids, run, small_cache, teacher_forced
 
 PRESET = "k4v4_g32"
-
-
-def patched(family: str = "llama") -> Any:
-    return kvarn_ops.patch(tiny_model(family), PRESET, num_sink_tokens=8)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("kind", ["plain", "fork", "offloaded"])
 def test_everything_moves_but_offloaded_tiles(family: str, kind: str) -> None:
-    model = patched(family)
+    model = patched(family, PRESET)
     cache = small_cache(model, 200, PRESET, offload_tiles=kind == "offloaded")
     run(model, random_ids(1, 150), cache)
     cache = cache.fork(2) if kind == "fork" else cache
@@ -46,7 +42,7 @@ def test_everything_moves_but_offloaded_tiles(family: str, kind: str) -> None:
 def test_offloaded_tiles_are_fetched_in_chunks_and_not_kept(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, ids = patched(), random_ids(2, 380)
+    model, ids = patched(preset=PRESET), random_ids(2, 380)
     wanted = teacher_forced(model, ids, small_cache(model, 400, PRESET, backend=backend), 300)
     fetched: list[PackedTiles] = []
 
@@ -65,7 +61,7 @@ def test_offloaded_tiles_are_fetched_in_chunks_and_not_kept(
 
 
 def test_an_offloaded_cache_is_not_compiled_by_generate() -> None:
-    model = patched()
+    model = patched(preset=PRESET)
     cache = small_cache(model, 200, PRESET, offload_tiles=True)
     assert not cache.is_compileable
     out = model.generate(
@@ -75,7 +71,7 @@ def test_an_offloaded_cache_is_not_compiled_by_generate() -> None:
 
 
 def test_an_offloaded_cache_forks_and_loads(tmp_path: Any) -> None:
-    model = patched()
+    model = patched(preset=PRESET)
     plain, moved = (small_cache(model, 300, PRESET, offload_tiles=flag) for flag in (False, True))
     for cache in (plain, moved):
         run(model, random_ids(1, 150), cache)
@@ -90,7 +86,7 @@ def test_an_offloaded_cache_forks_and_loads(tmp_path: Any) -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_finished_tiles_are_in_pinned_memory() -> None:
-    model, ids = patched().to("cuda"), random_ids(2, 380).to("cuda")
+    model, ids = patched(preset=PRESET).to("cuda"), random_ids(2, 380).to("cuda")
     wanted = teacher_forced(model, ids, small_cache(model, 400, PRESET, device="cuda"), 300)
     cache = small_cache(model, 400, PRESET, device="cuda", offload_tiles=True)
     torch.testing.assert_close(teacher_forced(model, ids, cache, 300), wanted)
@@ -100,7 +96,7 @@ def test_on_a_gpu_finished_tiles_are_in_pinned_memory() -> None:
 
 @pytest.mark.gpu
 def test_a_cache_goes_to_a_gpu_and_back() -> None:
-    model, ids = patched(), random_ids(1, 150)
+    model, ids = patched(preset=PRESET), random_ids(1, 150)
     cache, other = (small_cache(model, 300, PRESET) for _ in range(2))
     for one in (cache, other):
         run(model, ids, one)

@@ -23,8 +23,8 @@ import kvarn_ops
 from kvarn_ops import cli, tables
 from kvarn_ops.demo import decode, report, run
 from kvarn_ops.errors import CacheError, InputError, KVarNError
-from kvarn_ops.eval import data, scores
-from kvarn_ops.eval.codec import ByteCodec, load_codec
+from kvarn_ops.eval import data
+from kvarn_ops.eval.codec import ByteCodec
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 1, 32
 CONTEXT, BATCH, PREFIX = 208, 3, 144  # 128 sinks and half a tile of 32
@@ -151,44 +151,6 @@ def test_default_text_is_what_the_model_says_was_held_out(model_dir, tmp_path):
     assert missing == ["not_a_module.py"]
 
 
-def test_windows_come_from_different_documents_and_do_not_overlap():
-    documents = {"a": torch.arange(35), "b": torch.arange(100, 121), "c": torch.arange(5)}
-    windows = data.cut_windows(documents, 10, 9)
-    assert [(window.source, window.start) for window in windows] == [
-        ("a", 10), ("b", 10), ("a", 0), ("b", 0), ("a", 20),
-    ]  # fmt: skip
-    assert all(len(window.ids) == 10 for window in windows)
-
-
-def test_a_tokenizer_in_the_directory_is_used(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<s>": 0, "<unk>": 1, "yes": 2, "no": 3}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    model.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", unk_token="<unk>")
-    fast.save_pretrained(tmp_path)
-    codec = load_codec(tmp_path, 4)
-    ids = codec.encode(b"yes no yes")
-    assert ids.tolist() == [2, 3, 2]
-    assert codec.start(ids).tolist() == [0, 2, 3]
-    assert codec.decode([0, 2, 3]) == "yes no"
-
-
-def test_bytes_survive_and_prompts_end_with_a_line():
-    codec = ByteCodec()
-    text = "one\ntwo äöü"
-    ids = codec.encode(text.encode())
-    assert codec.decode(ids.tolist()) == text
-    assert codec.decode([256, *ids.tolist()]) == text
-    assert codec.decode(codec.end(ids, 3).tolist()) == "one\n"
-    assert len(codec.end(ids, 5)) == len(ids)
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -232,11 +194,6 @@ def test_an_output_path_that_is_a_file_is_refused(model_dir, text_file):
         run.run_demo(run.Options(model_dir, text_file, text_file), Console(file=io.StringIO()))
 
 
-def test_a_model_without_tokenizer_that_is_not_of_bytes_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no tokenizer"):
-        load_codec(tmp_path, 32_000)
-
-
 def test_an_installation_without_a_model_asks_for_one(tmp_path, monkeypatch):
     monkeypatch.setattr(kvarn_ops, "__file__", str(tmp_path / "lib" / "kvarn_ops" / "__init__.py"))
     with pytest.raises(InputError, match="--model DIR"):
@@ -272,13 +229,6 @@ def test_a_failing_compiler_is_one_sentence(monkeypatch):
     with pytest.raises(KVarNError, match=r"torch\.compile failed: InvalidCxxCompiler") as info:
         decode.compiled(object())(x=1)
     assert "--no-compile" in str(info.value)
-
-
-def test_kl_is_that_of_float64():
-    dense, other = torch.randn(2, 5, 258) * 4
-    p, q = dense.double().softmax(-1), other.double().softmax(-1)
-    wanted = (p * (p / q).log()).sum(-1)
-    assert torch.allclose(scores.kl_divergence(dense, other).double(), wanted, rtol=1e-5)
 
 
 def test_errors_are_over_windows_and_paired():

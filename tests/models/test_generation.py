@@ -20,15 +20,10 @@ from transformers import (
 )
 
 import kvarn_ops
-from tiny_models import PAD, random_ids, small_cache, teacher_forced, tiny_model
+from tiny_models import PAD, patched, random_ids, small_cache, teacher_forced, tiny_model
 from tiny_tokenizers import word_tokenizer
 
 GREEDY = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
-FAITHFUL = "k8v8_g32"  # so precise that text is that of the dense model
-
-
-def patched(family: str = "llama", preset: str = FAITHFUL, **fields: Any) -> Any:
-    return kvarn_ops.patch(tiny_model(family), preset, num_sink_tokens=8, **fields)
 
 
 @pytest.fixture(scope="module")

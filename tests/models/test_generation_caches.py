@@ -10,13 +10,9 @@ from transformers import DynamicCache, StaticCache
 
 import kvarn_ops
 from kvarn_ops.errors import UnsupportedModelError
-from tiny_models import random_ids, run, small_cache, tiny_model
+from tiny_models import patched, random_ids, run, small_cache, tiny_model
 
 GREEDY = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
-
-
-def patched(family: str = "llama") -> Any:
-    return kvarn_ops.patch(tiny_model(family), "k8v8_g32", num_sink_tokens=8)
 
 
 @pytest.fixture(scope="module")
