@@ -13,22 +13,12 @@ import torch
 import triton
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops_core
-from triton.backends.compiler import GPUTarget
 
 import kvarn_ops  # noqa: F401  (registers the ops)
+from absent_gpu import TargetOnly
 from kvarn_ops import KVarNConfig
 from kvarn_ops.hadamard import hadamard
 from kvarn_ops.layout import allocate
-
-
-class TargetOnly:
-    """A driver of Triton that knows what it would compile for."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
 
 
 class Traced(Exception):

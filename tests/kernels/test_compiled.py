@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fresh_process import last_line, start_python
 from kvarn_ops import kernel_report
 from kvarn_ops.benchmark.results import read_rows
 from kvarn_ops.errors import BackendError, InputError
 
+STEP = ["prepare_kernel", "attend_kernel", "combine_kernel", "encode_kernel"]
 
-def run(*command: str, root: Path) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, where kernels are not interpreted."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(root)
-    return subprocess.run(
-        [sys.executable, *command], cwd=root, env=environment, capture_output=True, text=True,
-        check=False, timeout=900,
-    )  # fmt: skip
+
+def script(repo_root: Path, name: str, *arguments: str) -> dict[str, Any]:
+    """What a script of tests/helpers prints; no GPU is visible to it."""
+    path = repo_root / "tests" / "helpers" / name
+    return json.loads(last_line(start_python(
+        path, *arguments, cwd=repo_root, path=[repo_root], CUDA_VISIBLE_DEVICES=""
+    )))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def rows(repo_root: Path) -> list[dict]:
-    done = run("-m", "kvarn_ops", "verify", "--compile", "all", "--json", root=repo_root)
+    command = ("-m", "kvarn_ops", "verify", "--compile", "all", "--json")
+    done = start_python(*command, cwd=repo_root, path=[repo_root])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -86,14 +86,23 @@ def test_committed_table_is_of_this_code(rows: list[dict], repo_root: Path) -> N
 
 def test_inductor_embeds_the_kernels_without_copies(repo_root: Path) -> None:
     """Two layers: four kernels each, no custom op left, and no buffer is cloned."""
-    done = run("tests/helpers/trace_kernels.py", root=repo_root)
-    assert done.returncode == 0, done.stderr[-2000:]
-    traced = json.loads(done.stdout.splitlines()[-1])
-    names = ["prepare_kernel", "attend_kernel", "combine_kernel", "encode_kernel"]
-    assert [kernel["name"] for kernel in traced["kernels"]] == 2 * names
+    traced = script(repo_root, "trace_kernels.py")
+    assert [kernel["name"] for kernel in traced["kernels"]] == 2 * STEP
     assert all(kernel["clones"] == [] for kernel in traced["kernels"]), traced
     assert traced["ops"] == []
     assert traced["clones"] == []
+
+
+def test_a_package_of_aotinductor_embeds_the_kernels(repo_root: Path, tmp_path: Path) -> None:
+    """Two layers: eight launches of four embedded binaries, no custom op, nothing copied back.
+
+    It is Inductor that compiles the kernels here, with the types that it gives their arguments.
+    """
+    package = script(repo_root, "embed_kernels.py", str(tmp_path / "step.pt2"))
+    assert package["launches"] == 2 * STEP
+    assert package["embedded"] == STEP
+    assert package["ops"] == []
+    assert package["copies"] == []
 
 
 @pytest.mark.parametrize("arch", ["sm90", "h200", "gfx", ""])
