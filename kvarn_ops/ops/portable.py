@@ -99,9 +99,10 @@ def step_portable(
     cache : TileCache
         New tensors; the old ones are not written.
     """
-    # Operands of a conditional may not share memory, as parts of one projection do. The sum is for
-    # torch 2.13, whose fake tensors take a buffer of one element for a constant, also if it changes.
+    # Operands of a conditional may not share memory, as parts of one projection do.
     q, k, v = q.clone(), k.clone(), v.clone()
+    # Fake tensors of torch 2.13 take a buffer of one element for a constant, also if it changes;
+    # a sum with something else is none.
     cache = cache._replace(
         seq_lens=cache.seq_lens + torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
     )
