@@ -6,7 +6,7 @@ import torch
 
 from kvarn_ops._compat import auto_functionalized_v2
 
-from .graph import op_name
+from .graph import kvarn_op
 
 __all__ = ["AppendLast"]
 
@@ -27,7 +27,7 @@ class AppendLast:
         """Rewrite one functional graph; return the number of appends moved."""
         moved = 0
         for node in graph.find_nodes(op="call_function", target=auto_functionalized_v2):
-            if op_name(node) in _APPENDS:
+            if kvarn_op(node) in _APPENDS:
                 moved += _move_to_first_use(graph, node)
         return moved
 

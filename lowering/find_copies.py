@@ -12,7 +12,7 @@ from kvarn_ops._compat import auto_functionalized_v2, bases_to_clone, hint_of
 from kvarn_ops.layout import CODE_FIELDS, TileCache
 
 from . import record
-from .graph import module_path, op_name, place
+from .graph import kvarn_op, module_path, place
 from .record import CacheCopy
 
 __all__ = ["FindCopies", "find_copies"]
@@ -53,7 +53,7 @@ def find_copies(graph: torch.fx.Graph) -> list[CacheCopy]:
     writes = {
         node: _bases(node)
         for node in graph.find_nodes(op="call_function", target=auto_functionalized_v2)
-        if op_name(node) is not None
+        if kvarn_op(node) is not None
     }
     names = {base: name for bases in writes.values() for base, name in bases}
     sizes = [_bytes(base) for base, name in names.items() if name in CODE_FIELDS]

@@ -12,7 +12,8 @@ from kvarn_ops.layout import TileCache
 
 from . import record
 from .attention_forms import AttentionCall, attention_calls
-from .axes import op_name, value_of
+from .axes import op_name, value_of, walk_views
+from .dequantized import dequantize_behind
 from .head_repeat import is_head_repeat
 
 __all__ = ["FuseAttention"]
@@ -53,16 +54,20 @@ class FuseAttention:
         if not sources:
             return 0
         matches: list[_Match] = []
+        refused: set[Node | None] = set()  # caches whose attention was reported already
         read_by: dict[Node, Node] = {}  # everything between a source and an attention
         for call in attention_calls(graph):
-            found = _match(call, graph, read_by)
+            found = _match(call, read_by)
             if isinstance(found, _Match):
                 matches.append(found)
             elif found:
                 _refuse(call.out, found)
+                refused |= {dequantize_behind(call.k), dequantize_behind(call.v)}
         order = {node: index for index, node in enumerate(graph.nodes)}
         count = 0
         for source in sources:
+            if source in refused:
+                continue
             count += _fuse(source, [m for m in matches if m.source is source], read_by, order)
         if count:
             _erase_unread(graph, {*sources, *read_by, *(match.call.out for match in matches)})
@@ -70,11 +75,11 @@ class FuseAttention:
         return count
 
 
-def _match(call: AttentionCall, graph: torch.fx.Graph, read_by: dict[Node, Node]) -> _Match | str:
+def _match(call: AttentionCall, read_by: dict[Node, Node]) -> _Match | str:
     """The match; why it is none; or an empty text if this attention reads no dequantized cache."""
     k = is_head_repeat(call.k, lambda node: _is_part(node, 0))
     v = is_head_repeat(call.v, lambda node: _is_part(node, 1))
-    if isinstance(k, str) and isinstance(v, str) and not _reads_cache(call):
+    if not (dequantize_behind(call.k) or dequantize_behind(call.v)):
         return ""
     for reason in (k, v):
         if isinstance(reason, str):
@@ -155,8 +160,6 @@ def _readers(source: Node) -> list[Node]:
 
 
 def _only_views(node: Node) -> bool:
-    from .axes import walk_views
-
     return node in walk_views(node).nodes
 
 
@@ -240,20 +243,6 @@ def _is_part(node: Node, index: int) -> bool:
         and node.args[1] == index
         and _is_dequantize(node.args[0])  # type: ignore[arg-type]
     )
-
-
-def _reads_cache(call: AttentionCall) -> bool:
-    """Whether keys or values are computed from a dequantized cache, in whatever way."""
-    pending, seen = [call.k, call.v], set()
-    while pending:
-        node = pending.pop()
-        if not isinstance(node, Node) or node in seen:
-            continue
-        if _is_dequantize(node):
-            return True
-        seen.add(node)
-        pending += node.all_input_nodes
-    return False
 
 
 def _erase_unread(graph: torch.fx.Graph, ours: set[Node]) -> None:

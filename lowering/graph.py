@@ -12,12 +12,12 @@ import torch
 import kvarn_ops
 from kvarn_ops._compat import auto_functionalized_v2
 
-__all__ = ["count_ops", "module_path", "op_name", "place", "source_line"]
+__all__ = ["count_ops", "kvarn_op", "module_path", "place", "source_line"]
 
 _PACKAGE = Path(kvarn_ops.__file__).parent
 
 
-def op_name(node: torch.fx.Node) -> str | None:
+def kvarn_op(node: torch.fx.Node) -> str | None:
     """`"kvarn::append_"` for a call of one of our ops, functionalized or not; None for others."""
     if node.op != "call_function":
         return None
@@ -34,7 +34,7 @@ def op_name(node: torch.fx.Node) -> str | None:
 
 def count_ops(graph: torch.fx.Graph) -> Counter[str]:
     """How often each op of ours is called in a graph."""
-    return Counter(name for node in graph.nodes if (name := op_name(node)) is not None)
+    return Counter(name for node in graph.nodes if (name := kvarn_op(node)) is not None)
 
 
 def module_path(node: torch.fx.Node) -> str:

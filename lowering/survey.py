@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 
 from .attention_forms import attention_calls
-from .axes import op_name as bare_name
-from .graph import module_path, op_name, source_line
+from .axes import op_name
+from .dequantized import KEEPS_TOKENS, dequantize_behind
+from .graph import kvarn_op, module_path, source_line
 from .record import AttentionSite, Refusal
 
 __all__ = ["survey"]
@@ -17,13 +18,6 @@ Node = torch.fx.Node
 
 _PACKED = ("kvarn::attention", "kvarn::step_", "kvarn::step", "kvarn::step_shared_")
 _SOURCE = "kvarn::dequantize"
-_KEEPS_TOKENS = {
-    *("getitem", "view", "reshape", "expand", "transpose", "permute", "contiguous", "clone"),
-    *("unsqueeze", "squeeze", "flatten", "unflatten", "repeat", "repeat_interleave", "mT", "T"),
-    *("swapaxes", "movedim", "select", "slice", "narrow", "flip", "roll", "cat", "stack", "pad"),
-    *("index_select", "gather", "where", "masked_fill", "to", "_to_copy", "float", "half"),
-    *("bfloat16", "type", "type_as", "add", "sub", "mul", "div", "truediv", "neg", "detach"),
-}
 
 
 def survey(graph: torch.fx.Graph, refusals: Iterable[Refusal]) -> list[AttentionSite]:
@@ -42,12 +36,12 @@ def survey(graph: torch.fx.Graph, refusals: Iterable[Refusal]) -> list[Attention
         reasons.setdefault(refusal.node, []).append(f"{refusal.reason} ({refusal.pass_name})")
     found, explained = [], set()
     for node in graph.nodes:
-        name = op_name(node)
+        name = kvarn_op(node)
         if name in _PACKED:
             found.append(_site(node, f"{name}: reads packed tiles", packed=True))
         elif node in calls:
             call = calls[node]
-            sources = {s for side in (call.k, call.v) if (s := _source(side)) is not None}
+            sources = {s for side in (call.k, call.v) if (s := dequantize_behind(side)) is not None}
             explained |= sources
             what = _what(node)
             if not sources:
@@ -57,7 +51,7 @@ def survey(graph: torch.fx.Graph, refusals: Iterable[Refusal]) -> list[Attention
                 text = f"{what} over a dequantized cache: {'; '.join(known) or 'no pass says why'}"
             found.append(_site(node, text))
     for node in graph.nodes:
-        if op_name(node) == _SOURCE and node not in explained and node.users:
+        if kvarn_op(node) == _SOURCE and node not in explained and node.users:
             found.append(_site(node, f"the cache is dequantized: {_reader_reasons(node, reasons)}"))
     return found
 
@@ -71,23 +65,6 @@ def _what(node: Node) -> str:
     return "attention spelled out" if "matmul" in name else name.partition(".")[0]
 
 
-def _source(node: Node) -> Node | None:
-    """The `dequantize` that keys or values are made from, by operations that keep them apart.
-
-    A projection does not: behind it lies another layer, whose cache is not this attention's.
-    """
-    seen: set[Node] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop(0)
-        if op_name(current) == _SOURCE:
-            return current
-        if current not in seen and bare_name(current) in _KEEPS_TOKENS:
-            seen.add(current)
-            pending += current.all_input_nodes
-    return None
-
-
 def _reader_reasons(source: Node, reasons: dict[str, list[str]]) -> str:
     """Why what reads a dequantized cache was left, or at least who reads it."""
     readers: list[Node] = []
@@ -96,9 +73,9 @@ def _reader_reasons(source: Node, reasons: dict[str, list[str]]) -> str:
         node = pending.pop(0)
         if node not in readers:
             readers.append(node)
-            pending += node.users if bare_name(node) in _KEEPS_TOKENS else ()
+            pending += node.users if op_name(node) in KEEPS_TOKENS else ()
     for node in (source, *readers):
         if node.name in reasons:
             return reasons[node.name][0]
-    names = [node.name for node in readers if bare_name(node) not in _KEEPS_TOKENS]
+    names = [node.name for node in readers if op_name(node) not in KEEPS_TOKENS]
     return f"no known form of attention reads it, but {', '.join(names[:3])}"

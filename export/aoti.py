@@ -1,0 +1,84 @@
+"""`aot_compile`: a patched model as an AOTInductor package that needs no Python of ours."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from kvarn_ops.errors import InputError
+from kvarn_ops.ops.portable import portable
+
+from .program import export_step
+from .step_model import StepModel
+
+__all__ = ["aot_compile"]
+
+# The empty cache is all zeros, which Inductor 2.13 would fold although every call changes it.
+_SETTINGS = {"joint_graph_constant_folding": False}
+
+
+def aot_compile(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    max_cache_len: int,
+    batch_size: int = 1,
+    chunk: int | None = None,
+) -> Path:
+    """Compile prefill and decode of a patched model into one `.pt2` package.
+
+    A process loads it with `torch._inductor.aoti_load_package(path)`, or from C++ with
+    `torch::inductor::AOTIModelPackageLoader`, without this package: it holds no custom op. It is
+    called with `input_ids` `[batch_size, S]` int64, S from 1 to `chunk`, and returns `logits`
+    `[batch_size, S, vocabulary]`. The cache is kept between calls and is empty when the package is
+    loaded; to start over, load it again. docs/export.md says more.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A patched Hugging Face model in eval mode, on the device that the package is for.
+    path : path
+        Where to write, ending in `.pt2`. Nothing is left there if the compilation fails.
+    max_cache_len : int
+        Most tokens of a sequence. A call beyond gives NaN.
+    batch_size : int
+        Rows.
+    chunk : int, optional
+        Most new tokens of a call; `min(512, max_cache_len)` if absent.
+
+    Returns
+    -------
+    Path
+        The package.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model is not patched, or not all of its layers are packed.
+    InputError
+        If a size is out of range, or the path does not end in `.pt2`.
+    """
+    target = Path(path)
+    if target.suffix != ".pt2":
+        raise InputError(f"{target} does not end in .pt2, which AOTInductor packages do.")
+    most = min(512, max_cache_len) if chunk is None else chunk
+    program = without_ops(export_step(StepModel(model, max_cache_len, batch_size), most), most)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kvarn-") as folder:
+        made = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(Path(folder) / target.name), inductor_configs=_SETTINGS
+        )
+        os.replace(made, target)
+    return target
+
+
+def without_ops(
+    program: ExportedProgram, most: int, *, fast_decode: bool = True
+) -> ExportedProgram:
+    """The program with our ops written out, for up to `most` new tokens."""
+    with portable(most, fast_decode=fast_decode), torch.no_grad():
+        return program.run_decompositions({})
