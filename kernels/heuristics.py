@@ -151,9 +151,9 @@ def attend_shape(
         warps *= 2
     if max(key_bits, value_bits) == 8:
         warps *= 2
-    # Scores of 32 tokens occupy few warps: of more, each repeats the unpacking, and Triton 3.7 does
-    # not compile them for sm_100. Fewer fail as well for 32 rows of head_dim up to 128.
-    if group_size == 32 and rows_together == 16:
+    # Products of 32 tokens or channels occupy few warps: of more, each repeats the unpacking, and
+    # Triton 3.7 does not compile them for sm_100. Nor fewer for 32 rows of head_dim up to 128.
+    if 32 in (group_size, head_dim) and rows_together == 16:
         warps = 4 if head_dim > 128 else 2
     if group_size == 32 and rows_together == 32 and head_dim > 128:
         warps = 4
