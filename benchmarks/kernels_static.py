@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--archs", default="all", help="with commas (default %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    rows = kernel_report.compile_named(args.archs, args.full)
+    rows, failures = kernel_report.compile_named(args.archs, args.full)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / ("kernels_static_full.csv" if args.full else "kernels_static.csv")
     made = {
@@ -39,6 +39,8 @@ def main() -> None:
     print(f"{len(rows)} kernels, {len(spilling)} spill: {path}")
     for row in spilling:
         print(f"  {row.kernel} {row.config} {row.arch}: {row.spill_bytes} bytes per thread")
+    for name in failures:
+        print(f"  does not compile: {name}")
 
 
 if __name__ == "__main__":

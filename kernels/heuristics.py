@@ -151,6 +151,12 @@ def attend_shape(
         warps *= 2
     if max(key_bits, value_bits) == 8:
         warps *= 2
+    # Products of 32 tokens or channels occupy few warps: of more, each repeats the unpacking, and
+    # Triton 3.7 does not compile them for sm_100. Nor fewer for 32 rows of head_dim up to 128.
+    if 32 in (group_size, head_dim) and rows_together == 16:
+        warps = 4 if head_dim > 128 else 2
+    if group_size == 32 and rows_together == 32 and head_dim > 128:
+        warps = 4
     warps = settings.get("warps", min(warps, 4 if described.wavefront == 64 else 8))
     block_tokens = settings.get("block_tokens", 32 if 64 < head_dim <= 256 else 16)
     # One wave of programs: more would only write more partial results.

@@ -141,7 +141,7 @@ def verify(
 ) -> None:
     """Compare the backend that runs here with the reference; exit code 1 if they differ.
 
-    With --compile, exit code 1 if a kernel for head_dim up to 256 spills registers.
+    With --compile, exit code 1 if one does not compile or, at head_dim up to 256, spills registers.
     """
     import json
 
@@ -150,8 +150,11 @@ def verify(
     if archs is not None:
         from kvarn_ops import kernel_report
 
-        rows = kernel_report.compile_named(archs, full)
-        result, passed = kernel_report.as_dicts(rows), not kernel_report.spilling(rows)
+        rows, failures = kernel_report.compile_named(archs, full)
+        result = kernel_report.as_dicts(rows)
+        passed = not (failures or kernel_report.spilling(rows))
+        for name in failures:
+            typer.echo(f"DOES NOT COMPILE: {name}", err=True)
         shown, width = kernel_report.table(rows), None if sys.stdout.isatty() else 140
     else:
         from kvarn_ops.verify import as_dict, run_checks, summary

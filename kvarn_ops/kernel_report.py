@@ -115,6 +115,7 @@ def compile_kernels(
     archs: Sequence[str],
     cases: Sequence[Case],
     on_done: Callable[[str], None] = lambda name: None,
+    failures: list[str] | None = None,
 ) -> list[Row]:
     """Compile all kernels of all cases for all architectures.
 
@@ -126,11 +127,13 @@ def compile_kernels(
         What to compile.
     on_done : callable
         Called with a name after each case and architecture.
+    failures : list of str, optional
+        Gets the names of what does not compile; without it the first failure is raised.
 
     Raises
     ------
     BackendError
-        If Triton is not installed, or set to interpret kernels.
+        If Triton is not installed, or set to interpret kernels, or a kernel does not compile.
     InputError
         If an architecture is unknown to Triton.
     """
@@ -147,9 +150,15 @@ def compile_kernels(
         futures = {pool.submit(compile_case, *job): job for job in jobs}
         for future in as_completed(futures):
             case, arch = futures[future]
-            results[case, arch] = future.result()
-            on_done(f"{arch} {case}")
-    return [row for job in jobs for row in results[job]]
+            name = f"{arch} {case}"
+            try:
+                results[case, arch] = future.result()
+            except Exception as error:  # whatever a compiler raises
+                if failures is None:
+                    raise BackendError(f"{name} does not compile: {error}") from error
+                failures.append(name)
+            on_done(name)
+    return [row for job in jobs for row in results.get(job, ())]
 
 
 def compile_case(case: Case, arch: str) -> list[Row]:
@@ -173,8 +182,11 @@ def _rows(case: Case, arch: str) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def compile_named(archs: str, full: bool) -> list[Row]:
-    """Compile the covering or the full cases, with a progress bar; `archs` as in `check_archs`."""
+def compile_named(archs: str, full: bool) -> tuple[list[Row], list[str]]:
+    """Compile the covering or the full cases, with a progress bar; `archs` as in `check_archs`.
+
+    Returns the rows, and the names of what does not compile.
+    """
     from tqdm import tqdm
 
     wanted = check_archs(archs)
@@ -185,7 +197,8 @@ def compile_named(archs: str, full: bool) -> list[Row]:
             bar.set_postfix_str(name)
             bar.update()
 
-        return compile_kernels(wanted, cases, advance)
+        failures: list[str] = []
+        return compile_kernels(wanted, cases, advance, failures), failures
 
 
 def spilling(rows: Sequence[Row]) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,38 @@ def test_a_package_of_aotinductor_embeds_the_kernels(repo_root: Path, tmp_path: 
     assert package["embedded"] == STEP
     assert package["ops"] == []
     assert package["copies"] == []
+
+
+class Pool:
+    """Runs jobs in this process, of which the first fails as a compiler does."""
+
+    def __init__(self, *_: Any) -> None:
+        self.jobs: list[Future[Any]] = []
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, *_: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        if self.jobs:
+            future.set_result(["row"])
+        else:
+            future.set_exception(RuntimeError("PassManager::run failed"))
+        self.jobs.append(future)
+        return future
+
+
+def test_what_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(kernel_report, "ProcessPoolExecutor", Pool)
+    cases, failures = kernel_report.covering_cases()[:2], []
+    rows: list[Any] = kernel_report.compile_kernels(["sm_90"], cases, failures=failures)
+    assert (rows, failures) == (["row"], [f"sm_90 {cases[0]}"])
+    with pytest.raises(BackendError, match=r"sm_90 k4v2 D128 32/8 does not compile: PassManager"):
+        kernel_report.compile_kernels(["sm_90"], cases)
 
 
 @pytest.mark.parametrize("arch", ["sm90", "h200", "gfx", ""])
