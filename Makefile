@@ -24,7 +24,7 @@ help:
 	@echo "make test      all tests (PYTEST_ARGS=...)"
 	@echo "make lint      ruff and pyright"
 	@echo "make format    let ruff rewrite the sources"
-	@echo "make kernels-full  compile the kernels for all GPUs, presets and widths: about an hour"
+	@echo "make kernels-full  compile the kernels for all GPUs, presets and widths: 70 minutes of CPU time"
 	@echo "make versions  the tests under other versions, and the README's table (VERSIONS_ARGS=...)"
 	@echo "make release-check  build dist/ and try it as a user gets it (docs/releasing.md)"
 	@echo "make clean     remove $(VENV) and everything generated"

@@ -1,7 +1,7 @@
 """Compile the kernels for GPUs that need not be here and keep what the compilers say.
 
     python benchmarks/kernels_static.py            the covering set: a minute or two on two cores
-    python benchmarks/kernels_static.py --full     the full matrix, about an hour, another file
+    python benchmarks/kernels_static.py --full     the full matrix: 70 minutes of CPU time
 
 Counts instructions, registers, spills and shared memory. Nothing is run: nothing is a speed.
 """

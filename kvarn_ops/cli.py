@@ -136,7 +136,7 @@ def verify(
             "sm_90, sm_100, gfx942 or all): registers, spills, shared memory.",
         ),
     ] = None,
-    full: Annotated[bool, typer.Option(help="With --compile: the full matrix, an hour.")] = False,
+    full: Annotated[bool, typer.Option(help="With --compile: the full matrix, long.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare the backend that runs here with the reference; exit code 1 if they differ.

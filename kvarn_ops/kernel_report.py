@@ -95,7 +95,7 @@ def covering_cases() -> list[Case]:
 
 
 def full_cases() -> list[Case]:
-    """Presets by widths by ratios, drafts and chunks: about an hour on two cores."""
+    """Presets by widths by ratios, drafts and chunks: 8.8 s of CPU time per case and GPU."""
     cases = [
         Case(preset, head_dim, ratio * 2, 2, encoder=encoder)
         for preset in ("k4v2", "k2v2", "k3v2", "k4v4", "k8v8", "k4v2_g64", "k2v2_g32")
