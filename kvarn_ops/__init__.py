@@ -58,6 +58,7 @@ _LAZY: dict[str, dict[str, str]] = {
         "rewrite_kv_cache": "rewrite_program",
     },
     "kvarn_ops.export": {
+        "aot_compile": "aoti",
         "export_program": "program",
     },
 }

@@ -22,6 +22,7 @@ from ..reference.attention import Visible
 from ..reference.encode import encode_keys, encode_values, first_equalizer
 from .attend import attend_decode_traced, attend_traced
 from .dense import tiles_of
+from .formula import materialized
 from .visible import first_visible, new_visible
 
 __all__ = ["PortableTarget", "append_portable", "portable", "portable_target", "step_portable"]
@@ -99,8 +100,7 @@ def step_portable(
     cache : TileCache
         New tensors; the old ones are not written.
     """
-    # Operands of a conditional may not share memory, as parts of one projection do.
-    q, k, v = q.clone(), k.clone(), v.clone()
+    q, k, v = _operand(q), _operand(k), _operand(v)
     # Fake tensors of torch 2.13 take a buffer of one element for a constant, also if it changes;
     # a sum with something else is none.
     cache = cache._replace(
@@ -179,6 +179,15 @@ def append_portable(
         for old, new in zip(cache.packed, encoded[:-2], strict=True)
     ]
     return TileCache(*packed, k_sink, v_sink, k_tail, v_tail, *encoded[-2:], span.stop)
+
+
+def _operand(x: Tensor) -> Tensor:
+    """`x` as the operand of a conditional: memory of its own, with the strides that it has.
+
+    Operands may not share memory, as parts of one projection do, and Inductor 2.13 computes them in
+    an order of axes of its choice, while the branches read the strides that were traced.
+    """
+    return materialized(x.clone(memory_format=torch.contiguous_format))
 
 
 def _absent_as_none(operands: list[Tensor | None], present: tuple[Tensor, ...]) -> list[Any]:
@@ -265,8 +274,8 @@ def _encoded_if_any(
         return (*made, k_equalizer.clone(), v_equalizer.clone())
 
     operands = (
-        k, v, cache.k_tail, cache.v_tail, cache.k_equalizer, cache.v_equalizer, tile, finished,
-        span.start, rotation,
+        k, v, cache.k_tail, cache.v_tail, cache.k_equalizer, cache.v_equalizer, _operand(tile),
+        _operand(finished), span.start, rotation,
     )  # fmt: skip
     return torch.ops.higher_order.cond(finished.any(), encode, nothing, operands)
 
