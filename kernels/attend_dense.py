@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .mask import load_mask
+from .mask import load_mask, masked
 from .softmax import LOG2E, raised, softcapped
 
 
@@ -30,11 +30,7 @@ def _dense_block(
     scores = tl.dot(keys, q, input_precision="ieee") * score_scale
     if SOFTCAP:
         scores = softcapped(scores, softcap)
-    scores = scores * LOG2E
-    if MASK == 1:
-        visible &= mask
-    elif MASK == 2:
-        scores += mask
+    scores = masked(scores * LOG2E, mask, MASK)
     scores = tl.where(visible, scores, -float("inf"))
     peak, base, shrink = raised(peak, tl.max(scores, axis=0, keep_dims=True), True)
     p = tl.exp2(scores - base)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .codes import code_weights, load_codes, planes, unpack
-from .mask import load_mask
+from .mask import load_mask, masked
 from .softmax import LOG2E, raised, softcapped
 
 # A code counts 2**(shift - 24), and the other operand carries 2**-shift.
@@ -95,10 +95,7 @@ def attend_tiles(
         if MASK != 0:
             place = SINKS + tile * G + token
             mask = load_mask(mask_ptr, mask_row, place, token < G, mask_columns, mask_step, MASK)
-            if MASK == 1:
-                scores = tl.where(mask, scores, -float("inf"))
-            else:
-                scores = scores + mask
+            scores = masked(scores, mask, MASK)
         # With nothing after the product, the unit joins the exponent's subtraction.
         highest = tl.max(scores, axis=0, keep_dims=True)
         if not whole:

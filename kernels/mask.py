@@ -40,7 +40,7 @@ class MaskView(NamedTuple):
 
 @triton.jit
 def load_mask(mask_ptr, row_offset, position, held, columns, step, MASK: tl.constexpr):
-    """`[T, rows]` of the mask's `columns` at `position` `[T]`: bool, or fp32 in units of log 2.
+    """`[T, rows]` of the mask's `columns` at `position` `[T]`: bool, or fp32.
 
     Row r begins at `row_offset[r]` int64, or all do at one offset; a token that is not `held`, or
     lies beyond the columns, is not seen. `MASK`: 1 for bool, 2 for float.
@@ -48,8 +48,21 @@ def load_mask(mask_ptr, row_offset, position, held, columns, step, MASK: tl.cons
     place = row_offset[None, :] + (position.to(tl.int64) * step)[:, None]
     inside = (held & (position < columns))[:, None]
     if MASK == 1:
-        return tl.load(mask_ptr + place, mask=inside, other=0) != 0
-    added = tl.load(mask_ptr + place, mask=inside, other=-float("inf")).to(tl.float32)
-    # The smallest finite number, which masks of models use, must not become -inf in units of log 2:
-    # a row of nothing else is an average.
-    return tl.where(added == -float("inf"), added, tl.maximum(added * LOG2E, -3e38))
+        mask = tl.load(mask_ptr + place, mask=inside, other=0) != 0
+    else:
+        mask = tl.load(mask_ptr + place, mask=inside, other=-float("inf")).to(tl.float32)
+    return mask
+
+
+@triton.jit
+def masked(scores, mask, MASK: tl.constexpr):
+    """Scores `[T, rows]`, in units of log 2 if `MASK` is 2, with what `load_mask` gave."""
+    if MASK == 1:
+        scores = tl.where(mask, scores, -float("inf"))
+    elif MASK == 2:
+        # The smallest finite number, which masks of models use, must not become -inf in units of
+        # log 2: a row of nothing else is an average.
+        lowered = scores + mask * LOG2E
+        lowered = tl.maximum(lowered, -3e38, propagate_nan=tl.PropagateNan.ALL)
+        scores = tl.where(mask == -float("inf"), mask, lowered)
+    return scores

@@ -91,6 +91,14 @@ def test_rows_of_which_all_is_hidden_are_zero(dtype: torch.dtype, device: torch.
     assert relative_error(found, wanted) < OUTPUT_ERROR[torch.float32]
 
 
+def test_nan_is_not_hidden_by_a_number(device: torch.device) -> None:
+    problem = make_problem("k4v2_g32", 64, [200], 1, device)
+    problem.q[0, 1] = torch.nan
+    found = problem.attention("triton", torch.zeros(1, 1, 1, 200, device=device))
+    assert found[0, 1].isnan().all()
+    assert found[0, 2:].isfinite().all()
+
+
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_a_row_of_the_smallest_number_is_an_average(softcap: float, device: torch.device) -> None:
     """Masks of models hide with it; times log2(e) it would be -inf."""
