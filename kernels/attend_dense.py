@@ -5,16 +5,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .mask import load_mask, masked
 from .softmax import LOG2E, raised, softcapped
 
 
 @triton.jit
 def _dense_block(
-    q, visible, k_ptr, v_ptr, tokens, held, peak, total, out,
-    score_scale, softcap, D: tl.constexpr, D_PAD: tl.constexpr, SOFTCAP: tl.constexpr,
-    UPCAST: tl.constexpr,
+    q, visible, mask, k_ptr, v_ptr, tokens, held, peak, total, out,
+    score_scale, softcap, D: tl.constexpr, D_PAD: tl.constexpr, MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Add tokens `[T]` at rows `tokens` of `k_ptr`, `v_ptr`; `visible` [T, N], `held` [T]."""
+    """Add tokens `[T]` at rows `tokens` of `k_ptr`, `v_ptr`; `visible` [T, N], `held` [T].
+
+    `mask` is what `load_mask` gave, if `MASK`.
+    """
     channel = tl.arange(0, D_PAD)
     place = tokens.to(tl.int64)[:, None] * D + channel[None, :]
     # A slot that is not held may hold anything, and 0 * NaN is NaN.
@@ -26,7 +30,8 @@ def _dense_block(
     scores = tl.dot(keys, q, input_precision="ieee") * score_scale
     if SOFTCAP:
         scores = softcapped(scores, softcap)
-    scores = tl.where(visible, scores * LOG2E, -float("inf"))
+    scores = masked(scores * LOG2E, mask, MASK)
+    scores = tl.where(visible, scores, -float("inf"))
     peak, base, shrink = raised(peak, tl.max(scores, axis=0, keep_dims=True), True)
     p = tl.exp2(scores - base)
     values = tl.load(v_ptr + place, mask=readable, other=0.0)
@@ -40,13 +45,15 @@ def _dense_block(
 def attend_dense(
     q_ptr, k_sink_ptr, v_sink_ptr, k_tail_ptr, v_tail_ptr, k_new_ptr, v_new_ptr, rank_ptr,
     head_index, batch, slot, length, row_index, in_rows, query, limit, lowest, new_tokens,
-    dense_slots, score_scale, softcap,
+    dense_slots, score_scale, softcap, mask_ptr, mask_row, mask_columns, mask_step,
     D: tl.constexpr, G: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, LAG: tl.constexpr,
     STORED: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr,
     D_PAD: tl.constexpr, HAS_NEW: tl.constexpr, HAS_VALID: tl.constexpr, CAUSAL_NEW: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+    WINDOW: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Sinks, tail and new tokens, every `dense_slots`-th block of each."""
+    """Sinks, tail and new tokens, every `dense_slots`-th block of each. A mask has no columns for
+    the new tokens.
+    """
     peak = tl.full((1, N), -float("inf"), tl.float32)
     total = tl.zeros((1, N), tl.float32)
     out = tl.zeros((D_PAD, N), tl.float32)
@@ -66,10 +73,13 @@ def attend_dense(
         held = (index < SINKS) & (index < held_tokens)
         visible = held[:, None] & in_rows[None, :]
         visible &= (index[:, None] < limit[None, :]) & (index[:, None] >= lowest[None, :])
+        mask = 0
+        if MASK != 0:
+            mask = load_mask(mask_ptr, mask_row, index, held, mask_columns, mask_step, MASK)
         peak, total, out = _dense_block(
-            q, visible, k_sink_ptr + head_index * SINKS * D,
+            q, visible, mask, k_sink_ptr + head_index * SINKS * D,
             v_sink_ptr + head_index * SINKS * D, index, held, peak, total, out,
-            score_scale, softcap, D, D_PAD, SOFTCAP, UPCAST,
+            score_scale, softcap, D, D_PAD, MASK, SOFTCAP, UPCAST,
         )  # fmt: skip
     newest = held_tokens - SINKS - 1
     for block in tl.range(slot, ring_blocks, dense_slots, num_stages=1):
@@ -81,10 +91,15 @@ def attend_dense(
         visible = held[:, None] & in_rows[None, :]
         place = (position + SINKS)[:, None]
         visible &= (place < limit[None, :]) & (place >= lowest[None, :])
+        mask = 0
+        if MASK != 0:
+            mask = load_mask(
+                mask_ptr, mask_row, position + SINKS, held, mask_columns, mask_step, MASK
+            )
         peak, total, out = _dense_block(
-            q, visible, k_tail_ptr + head_index * RING * D,
+            q, visible, mask, k_tail_ptr + head_index * RING * D,
             v_tail_ptr + head_index * RING * D, index, held, peak, total, out,
-            score_scale, softcap, D, D_PAD, SOFTCAP, UPCAST,
+            score_scale, softcap, D, D_PAD, MASK, SOFTCAP, UPCAST,
         )  # fmt: skip
     if HAS_NEW:
         for block in tl.range(slot, tl.cdiv(new_tokens, BLOCK_T), dense_slots, num_stages=1):
@@ -103,8 +118,8 @@ def attend_dense(
             if WINDOW:
                 visible &= (length + rank)[:, None] >= lowest[None, :]
             peak, total, out = _dense_block(
-                q, visible, k_new_ptr + head_index * new_tokens * D,
+                q, visible, 0, k_new_ptr + head_index * new_tokens * D,
                 v_new_ptr + head_index * new_tokens * D, index, held, peak, total, out,
-                score_scale, softcap, D, D_PAD, SOFTCAP, UPCAST,
+                score_scale, softcap, D, D_PAD, 0, SOFTCAP, UPCAST,
             )  # fmt: skip
     return peak, total, out

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .codes import code_weights, load_codes, planes, unpack
+from .mask import load_mask, masked
 from .softmax import LOG2E, raised, softcapped
 
 # A code counts 2**(shift - 24), and the other operand carries 2**-shift.
@@ -25,10 +26,11 @@ HEADROOM = tl.constexpr(16.0)
 def attend_tiles(
     rotated_ptr, unit_ptr, k_codes_ptr, k_affine_ptr, k_token_ptr, v_codes_ptr, v_affine_ptr,
     v_channel_ptr, row_index, in_rows, limit, lowest, first_tile, start, stop, score_scale, softcap,
+    mask_ptr, mask_row, mask_columns, mask_step,
     D: tl.constexpr, G: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     SINKS: tl.constexpr, N: tl.constexpr, W_K: tl.constexpr, W_V: tl.constexpr,
-    D_PAD: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
-    PTX: tl.constexpr,
+    D_PAD: tl.constexpr, BOUNDED: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Quantized tiles `start` to `stop` of the row of tiles at `first_tile`."""
     peak = tl.full((1, N), -float("inf"), tl.float32)
@@ -67,6 +69,7 @@ def attend_tiles(
     unit = tl.load(unit_ptr + row_index, mask=in_rows, other=0.0) * (score_scale * TO_CODES)
     if not SOFTCAP:
         unit = unit * LOG2E
+    whole: tl.constexpr = SOFTCAP or MASK == 2  # scores are scaled before the exponent
     for tile in tl.range(start, stop, num_stages=STAGES):
         index = first_tile + tile
         k_base = k_codes_ptr + index * key_bytes
@@ -83,16 +86,22 @@ def attend_tiles(
         scores = scores * token_scale[:, None]
         if SOFTCAP:
             scores = softcapped(scores * unit[None, :], softcap) * LOG2E
-        if MASKED:
+        elif MASK == 2:
+            scores = scores * unit[None, :]
+        if BOUNDED:
             position = (SINKS + tile * G + token)[:, None]
             seen = (position < limit[None, :]) & (position >= lowest[None, :])
             scores = tl.where(seen, scores, -float("inf"))
-        # Without a softcap the unit joins the exponent's subtraction.
+        if MASK != 0:
+            place = SINKS + tile * G + token
+            mask = load_mask(mask_ptr, mask_row, place, token < G, mask_columns, mask_step, MASK)
+            scores = masked(scores, mask, MASK)
+        # With nothing after the product, the unit joins the exponent's subtraction.
         highest = tl.max(scores, axis=0, keep_dims=True)
-        if not SOFTCAP:
+        if not whole:
             highest = highest * unit[None, :]
-        peak, base, shrink = raised(peak, highest, MASKED)
-        if SOFTCAP:
+        peak, base, shrink = raised(peak, highest, BOUNDED or MASK != 0)
+        if whole:
             p = tl.exp2(scores - base)
         else:
             p = tl.exp2(scores * unit[None, :] - base)

@@ -18,6 +18,7 @@ from .codes import planes
 from .combine import combine_kernel
 from .encode import encode_kernel
 from .heuristics import attend_shape, describe, encode_shape
+from .mask import MaskView
 from .prepare import prepare_kernel
 from .selftest import multiplies_codes
 from .store import store_kernel
@@ -50,6 +51,7 @@ class Visible(NamedTuple):
     limited: bool  # query s of S sees the cache's tokens up to position length - (S - 1 - s)
     rank: Tensor | None  # [B, S_new] int32, position among a row's new tokens, -1 for padding
     first: Tensor | None  # [B, S] int64, the first position that each query sees
+    mask: Tensor | None = None  # [B or 1, H_q or 1, S or 1, T] bool or float, of the cache alone
 
 
 def _directly(kernel: Any) -> Any:
@@ -116,6 +118,7 @@ def _attention_block(
     peak, weight = empty(batch, heads, slots, rows), empty(batch, heads, slots, rows)
     out = torch.empty_like(q)
     k_in, v_in = (q, q) if k_new is None or v_new is None else (k_new, v_new)
+    mask = MaskView.of(visible.mask)
     precision = _precision(device)
     pad = triton.next_power_of_2(head_dim)
 
@@ -140,6 +143,7 @@ def _attention_block(
             scale, softcap, rows, queries, start, total, new_tokens, capacity,
             tiles.k_codes.stride(1) // tiles.k_codes.stride(2), slots, first,
             batch // tiles.k_codes.shape[0], shape.splits, dense_slots,
+            q if mask.data is None else mask.data, mask.columns, *mask.strides, mask.step,
             HEADS=heads, D=head_dim, G=form.group_size, KEY_BITS=form.key_bits,
             VALUE_BITS=form.value_bits, SINKS=form.sinks, RING=ring, LAG=form.lag,
             STORED=int(store), N=shape.rows,
@@ -149,6 +153,7 @@ def _attention_block(
             HAS_NEW=new_tokens > 0, HAS_VALID=visible.rank is not None,
             CAUSAL_NEW=visible.causal, LIMITED=visible.limited and not is_shared,
             WINDOW=visible.first is not None and not is_shared, SHARED=is_shared,
+            MASK=mask.kind, MASK_ROWS=shape.rows if any(mask.strides[1:]) else 1,
             SOFTCAP=softcap != 0, STAGES=shape.stages, PTX=described.ptx,
             # The interpreter cannot multiply them.
             UPCAST=described.interpreted and q.dtype == torch.bfloat16,

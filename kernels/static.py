@@ -26,7 +26,6 @@ _TYPES = {
     torch.bool: "*i1",
 }
 _OPTIONS = ("num_warps", "num_stages")
-_MASKS = 32  # AND instructions: no other loop has as many
 _MATRIX_INSTRUCTION = re.compile(r"^(HMMA|IMMA|QMMA|HGMMA|WGMMA|UTCHMMA)")
 
 
@@ -99,6 +98,10 @@ def compile_launch(launch: Launch, arch: str) -> Binary:
             signature[name], constants[index,] = "constexpr", kwargs[name]
             continue
         value = launch.args[index]
+        specialized = name not in launch.kernel.do_not_specialize
+        if specialized and isinstance(value, int) and value == 1:  # as Triton's launcher does
+            signature[name], constants[index,] = "constexpr", 1
+            continue
         aligned = True
         if isinstance(value, torch.Tensor):
             signature[name] = _TYPES[value.dtype]
@@ -106,8 +109,7 @@ def compile_launch(launch: Launch, arch: str) -> Binary:
             signature[name], aligned = "fp32", False
         else:
             signature[name] = "i32"
-            aligned = value % 16 == 0 and value > 0
-            aligned = aligned and name not in launch.kernel.do_not_specialize
+            aligned = specialized and value % 16 == 0 and value > 0
         if aligned:
             attributes[index,] = [["tt.divisibility", 16]]
     source = ASTSource(
@@ -150,13 +152,13 @@ def _read_amdgcn(compiled: Any) -> tuple[int, int, None]:
 
 
 def _loop_instructions(sass: str) -> int | None:
-    """Instructions of the innermost loop that unpacks codes and multiplies matrices."""
+    """Instructions of the loop that unpacks codes and multiplies matrices."""
     code = [
         (int(address, 16), text)
         for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)
     ]
     position = {address: index for index, (address, _) in enumerate(code)}
-    found: list[int] = []
+    found: list[tuple[int, int]] = []
     for index, (address, text) in enumerate(code):
         jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         start = position.get(int(jump[1], 16)) if jump else None
@@ -164,9 +166,10 @@ def _loop_instructions(sass: str) -> int | None:
             continue
         body = [re.sub(r"^@\S+\s+", "", line) for _, line in code[start : index + 1]]
         masks = sum(line.startswith("LOP3") for line in body)
-        if masks >= _MASKS and any(_MATRIX_INSTRUCTION.match(line) for line in body):
-            found.append(len(body))
-    return min(found, default=None)
+        if any(_MATRIX_INSTRUCTION.match(line) for line in body):
+            found.append((masks, len(body)))
+    # Of the loops that multiply, the one over tiles unpacks: no other has as many ANDs.
+    return max(found)[1] if found else None
 
 
 def unique(launches: Iterable[Launch]) -> list[Launch]:

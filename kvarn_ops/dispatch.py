@@ -148,10 +148,11 @@ def attention(
     causal: bool,
     config: KVarNConfig,
     first: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     """`kvarn::attention` by kernels; `first` `[B, S]` int64 are the first visible positions."""
     kernels = _kernels()
-    visible = kernels.Visible(causal, causal and q.shape[2] > 1, None, first)
+    visible = kernels.Visible(causal, causal and q.shape[2] > 1, None, first, mask)
     with _on(q.device):
         return kernels.attention(
             q, cache, None, None, None, visible, rotation, sink_logits, scale, softcap,
@@ -266,8 +267,12 @@ def compiled_step(
     max_cache_len: int,
     arch: str,
     names: Sequence[str] = (),
+    mask: tuple[str, int] = ("", 1),
 ) -> Iterator[Any]:
-    """Binaries (`kernels.static.Binary`) of the kernels of one step, compiled for `arch`."""
+    """Binaries (`kernels.static.Binary`) of the kernels of one step, compiled for `arch`.
+
+    With a `mask`, its dtype and heads, they are those of attention to the cache alone.
+    """
     from .kernels import heuristics, static
 
     kind = getattr(torch, dtype)
@@ -282,10 +287,20 @@ def compiled_step(
         arch, 132, target.backend == "cuda", target.warp_size, interpreted=False
     )
     with heuristics.assumed(assumed):
-        _kernels().step(
-            q, k, k, None, cache, None, rotation, None, head_dim**-0.5, 0.0, True,
-            _format(config), None, run=recorder,
-        )  # fmt: skip
+        kernels, scale = _kernels(), head_dim**-0.5
+        if mask[0]:
+            columns = torch.empty(
+                8, mask[1], new_tokens, max_cache_len, dtype=getattr(torch, mask[0]), device="meta"
+            )
+            kernels.attention(
+                q, cache, None, None, None, kernels.Visible(False, False, None, None, columns),
+                rotation, None, scale, 0.0, _format(config), run=recorder,
+            )  # fmt: skip
+        else:
+            kernels.step(
+                q, k, k, None, cache, None, rotation, None, scale, 0.0, True, _format(config),
+                None, run=recorder,
+            )  # fmt: skip
     for launch in static.unique(recorder.launches):
         if not names or launch.kernel.fn.__name__.removesuffix("_kernel") in names:
             yield static.compile_launch(launch, arch)

@@ -49,6 +49,8 @@ class Case:
     new_tokens: int = 1
     encoder: str = "plus"
     dtype: str = "bfloat16"
+    mask: str = ""  # dtype of the mask of `kvarn::attention`, in place of a step
+    mask_heads: int = 1
     kernels: tuple[str, ...] = ()
 
     @property
@@ -60,7 +62,9 @@ class Case:
         text = f"{self.preset} D{self.head_dim} {self.q_heads}/{self.kv_heads}"
         text += f" S{self.new_tokens}" if self.new_tokens > 1 else ""
         text += f" {self.encoder}" if self.encoder != "plus" else ""
-        return text if self.dtype == "bfloat16" else f"{text} {self.dtype}"
+        text += f" {self.dtype}" if self.dtype != "bfloat16" else ""
+        heads = " per head" if self.mask_heads > 1 else ""
+        return f"{text} {self.mask} mask{heads}" if self.mask else text
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ def covering_cases() -> list[Case]:
         Case("k8v8", 256, dtype="float16", kernels=_ATTEND),
         Case("k4v2", 256, 16, 1, kernels=("attend", "encode", "combine")),
         Case("k3v3_g64", 80, 32, 32, encoder="paper", kernels=("attend", "encode")),
+        Case("k4v2", 128, mask="bool", kernels=_ATTEND),
+        Case("k4v2", 128, new_tokens=16, mask="float32", kernels=_ATTEND),
     ]
 
 
@@ -170,7 +176,7 @@ def _rows(case: Case, arch: str) -> Iterator[Row]:
     config = case.config
     for binary in dispatch.compiled_step(
         config, case.head_dim, case.q_heads, case.kv_heads, case.new_tokens, case.dtype, _TOKENS,
-        arch, case.kernels,
+        arch, case.kernels, (case.mask, case.mask_heads),
     ):  # fmt: skip
         per_code = None
         if binary.kernel == "attend" and binary.loop_instructions:

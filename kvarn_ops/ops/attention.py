@@ -20,7 +20,6 @@ from torch import Tensor
 from .. import dispatch
 from .._compat import keeps_custom_ops
 from ..config import KVarNConfig
-from ..errors import InputError
 from ..layout import PackedTiles, TileCache
 from ..reference.attention import Visible
 from .append import append_, store
@@ -61,10 +60,8 @@ def _attention_kernel(q: Tensor, *rest: Any) -> Tensor:
         first = stop - window if window else None
     if backend == "triton":
         check_kernel_arguments(cache, scale)
-        if mask is not None:
-            raise InputError("masks are not supported by kernels yet")
         return dispatch.attention(
-            q, cache, rotation, sink_logits, scale, softcap, causal, config, first
+            q, cache, rotation, sink_logits, scale, softcap, causal, config, first, mask
         )
     nothing = cache.k_tail[:, :, :0]
     new = torch.ones(q.shape[0], q.shape[2], 0, dtype=torch.bool, device=q.device)

@@ -41,11 +41,11 @@ class Problem(NamedTuple):
         )  # fmt: skip
         return out, TileCache(*cache)
 
-    def attention(self, backend: str) -> Tensor:
+    def attention(self, backend: str, mask: Tensor | None = None) -> Tensor:
         """Output of `kvarn::attention`: the cache alone."""
         return torch.ops.kvarn.attention(
             self.q, *self.cache, self.rotation, self.sink_logits, self.q.shape[-1] ** -0.5,
-            self.softcap, self.causal, self.config.to_string(), backend, self.window,
+            self.softcap, self.causal, self.config.to_string(), backend, self.window, mask,
         )  # fmt: skip
 
 
