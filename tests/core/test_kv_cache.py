@@ -237,3 +237,16 @@ def test_compiled_decode_reads_tiles_in_place_and_never_recompiles(fresh_dynamo)
             step(q, k[:, :, :1], v[:, :, :1], causal, positions(200, 1))
     assert counters["stats"]["unique_graphs"] == 1
     assert ReinplaceCounters.get_total_missed() == 0
+
+
+def test_compiled_append_continues_without_positions(fresh_dynamo) -> None:
+    k, v = tokens(70)
+    eager, cache = make(), make()
+    step = torch.compile(lambda k, v: cache.append(k, v), fullgraph=True)
+    with torch.inference_mode():
+        for start in range(70):
+            part = slice(start, start + 1)
+            step(k[:, :, part], v[:, :, part])
+            eager.append(k[:, :, part], v[:, :, part])
+    for a, b in zip(cache.tiles, eager.tiles, strict=True):
+        assert torch.equal(a, b)
