@@ -17,6 +17,7 @@ from .attend_tiles import attend_tiles
 _COUNTS = ["query_start", "new_tokens", "capacity", "head_tiles", "slots", "first_slot", "splits"]
 _COUNTS += ["dense_slots"]
 _COUNTS += ["mask_columns", "mask_batch_stride", "mask_head_stride", "mask_query_stride"]
+_COUNTS += ["mask_step"]
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -34,8 +35,8 @@ def attend_kernel(
     BLOCK_T: tl.constexpr, W_K: tl.constexpr, W_V: tl.constexpr, D_PAD: tl.constexpr,
     HAS_NEW: tl.constexpr, HAS_VALID: tl.constexpr, CAUSAL_NEW: tl.constexpr,
     LIMITED: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr, MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
-    UPCAST: tl.constexpr,
+    MASK_ROWS: tl.constexpr, MASK_PACKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    STAGES: tl.constexpr, PTX: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One slot of one KV head and `N` query rows.
 
@@ -57,7 +58,8 @@ def attend_kernel(
         reads all `capacity` tiles of row `b // copies`.
     mask_ptr
         `[B, H * rows / queries, query_total, mask_columns]`, uint8 (`MASK` 1) or float (`MASK` 2),
-        with strides; `mask_step` is the last. `MASK_ROWS` is 1 if all rows share one, else `N`.
+        with strides; `mask_step` is the last, 1 if `MASK_PACKED`. `MASK_ROWS` is 1 if all rows
+        share one, else `N`.
     """
     # Inductor passes Python floats as fp64, which scores would become too.
     score_scale, softcap = tl.cast(score_scale, tl.float32), tl.cast(softcap, tl.float32)
@@ -79,6 +81,8 @@ def attend_kernel(
             tl.int32
         )
     mask_row = batch
+    if MASK_PACKED:
+        mask_step = 1  # for the compiler: columns are neighbours
     if MASK != 0:
         mask_row = tl.zeros((MASK_ROWS,), tl.int64) + batch * mask_batch_stride
         if MASK_ROWS != 1:

@@ -154,6 +154,7 @@ def _attention_block(
             CAUSAL_NEW=visible.causal, LIMITED=visible.limited and not is_shared,
             WINDOW=visible.first is not None and not is_shared, SHARED=is_shared,
             MASK=mask.kind, MASK_ROWS=shape.rows if any(mask.strides[1:]) else 1,
+            MASK_PACKED=mask.step == 1,
             SOFTCAP=softcap != 0, STAGES=shape.stages, PTX=described.ptx,
             # The interpreter cannot multiply them.
             UPCAST=described.interpreted and q.dtype == torch.bfloat16,

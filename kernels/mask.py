@@ -34,7 +34,7 @@ class MaskView(NamedTuple):
         kind, data = 2, mask
         if mask.dtype == torch.bool:
             kind, data = 1, mask.view(torch.uint8)
-        # A single column has any step, and 1 is what kernels are specialized on.
+        # A single column has any step, and kernels are specialized on 1.
         return cls(data, kind, columns, (row, head, query), step if columns > 1 else 1)
 
 

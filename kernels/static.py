@@ -98,10 +98,6 @@ def compile_launch(launch: Launch, arch: str) -> Binary:
             signature[name], constants[index,] = "constexpr", kwargs[name]
             continue
         value = launch.args[index]
-        specialized = name not in launch.kernel.do_not_specialize
-        if specialized and isinstance(value, int) and value == 1:  # as Triton's launcher does
-            signature[name], constants[index,] = "constexpr", 1
-            continue
         aligned = True
         if isinstance(value, torch.Tensor):
             signature[name] = _TYPES[value.dtype]
@@ -109,7 +105,8 @@ def compile_launch(launch: Launch, arch: str) -> Binary:
             signature[name], aligned = "fp32", False
         else:
             signature[name] = "i32"
-            aligned = specialized and value % 16 == 0 and value > 0
+            aligned = value % 16 == 0 and value > 0
+            aligned = aligned and name not in launch.kernel.do_not_specialize
         if aligned:
             attributes[index,] = [["tt.divisibility", 16]]
     source = ASTSource(
@@ -152,7 +149,7 @@ def _read_amdgcn(compiled: Any) -> tuple[int, int, None]:
 
 
 def _loop_instructions(sass: str) -> int | None:
-    """Instructions of the loop that unpacks codes and multiplies matrices."""
+    """Instructions of the innermost loop that unpacks codes and multiplies matrices."""
     code = [
         (int(address, 16), text)
         for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)
@@ -165,11 +162,17 @@ def _loop_instructions(sass: str) -> int | None:
         if jump is None or start is None or int(jump[1], 16) >= address:
             continue
         body = [re.sub(r"^@\S+\s+", "", line) for _, line in code[start : index + 1]]
-        masks = sum(line.startswith("LOP3") for line in body)
-        if any(_MATRIX_INSTRUCTION.match(line) for line in body):
-            found.append((masks, len(body)))
-    # Of the loops that multiply, the one over tiles unpacks: no other has as many ANDs.
-    return max(found)[1] if found else None
+        masks = sum(map(_unpacks, body))
+        if masks and any(_MATRIX_INSTRUCTION.match(line) for line in body):
+            found.append((masks, -len(body)))
+    # Jumps back from code moved out of a loop span parts of it, or more than it.
+    return -max(found)[1] if found else None
+
+
+def _unpacks(line: str) -> bool:
+    """Whether an instruction masks two codes: the same bits in both halves of a register."""
+    constants = (int(x, 16) for x in re.findall(r"0x([0-9a-f]+)", line))
+    return line.startswith("LOP3") and any(x and x % 0x10001 == 0 for x in constants)
 
 
 def unique(launches: Iterable[Launch]) -> list[Launch]:
