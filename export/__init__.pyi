@@ -1,1 +1,2 @@
+from .onnx_model import to_onnx as to_onnx
 from .program import export_program as export_program

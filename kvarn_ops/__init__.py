@@ -59,6 +59,7 @@ _LAZY: dict[str, dict[str, str]] = {
     },
     "kvarn_ops.export": {
         "export_program": "program",
+        "to_onnx": "onnx_model",
     },
 }
 
