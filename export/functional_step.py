@@ -91,7 +91,8 @@ class FunctionalStep(nn.Module):
         present = [TileCache(**{name: x.clone() for name, x in own.items()}) for own in past]
         kwargs: dict[str, Any] = {}
         # Looked up, so that runtimes refuse more tokens than `chunk`: tiles would be missing.
-        rank = self.ranks[torch.arange(input_ids.shape[1], device=input_ids.device)][None]
+        count = torch.arange(input_ids.shape[1], device=input_ids.device)
+        rank = self.ranks.index_select(0, count).unsqueeze(0)
         if attention_mask is not None:
             valid = attention_mask.bool() & (rank >= 0)
             rank = (valid.long().cumsum(-1) - 1).clamp_min(0)
