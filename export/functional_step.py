@@ -22,8 +22,8 @@ class FunctionalStep(nn.Module):
     """`(input_ids, past, attention_mask)` to `(logits, present)`.
 
     `past` and `present` are the fields of `kvarn_ops.layout.TileCache` by name, one dict per layer,
-    of the same shapes and dtypes; `past` is not written. All zeros are an empty cache. Positions are counted from the
-    first real token of each row.
+    of the same shapes and dtypes; `past` is not written. All zeros are an empty cache. Positions
+    are counted from the first real token of each row.
 
     Parameters
     ----------

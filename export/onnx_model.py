@@ -46,9 +46,9 @@ def to_onnx(
 
     Inputs are `input_ids` `[B, S]` int64, with `attention_mask=True` then `attention_mask` `[B, S]`
     int64 (1 for a token, 0 for padding, which is not stored), and `past.<layer>.<field>`. Outputs
-    are `logits` `[B, S, vocabulary]` in the model's dtype and `present.<layer>.<field>`, of the same
-    shapes and dtypes as the past. Fields are those of `kvarn_ops.layout`; an all-zero past is the
-    empty cache. A row with more tokens than fit gets NaN logits. docs/export.md says more.
+    are `logits` `[B, S, vocabulary]` in the model's dtype and `present.<layer>.<field>`, of the
+    same shapes and dtypes as the past. Fields are those of `kvarn_ops.layout`; an all-zero past is
+    the empty cache. A row with more tokens than fit gets NaN logits. docs/export.md says more.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ def _exported(step: FunctionalStep, any_batch: bool) -> ExportedProgram:
     tokens = torch.zeros(batch, min(2, step.chunk), dtype=torch.int64, device=step.rotation.device)
     rows = {0: Dim("batch", min=1)} if any_batch else {}
     new = {1: Dim("new_tokens", min=1, max=step.chunk)} if step.chunk > 1 else {}
-    of_past = [{name: rows for name in layer} for layer in past]
+    of_past = [dict.fromkeys(layer, rows) for layer in past]
     mask = (torch.ones_like(tokens),) if step.masked else ()
     shapes: Any = (rows | new, of_past, *[rows | new] * len(mask))
     with torch.no_grad():
@@ -153,9 +153,7 @@ def _exported(step: FunctionalStep, any_batch: bool) -> ExportedProgram:
 
 
 def _translated(program: ExportedProgram, step: FunctionalStep, opset: int) -> ir.Model:
-    fields = [
-        f"{layer}.{field}" for layer in range(step.num_layers) for field in TileCache._fields
-    ]
+    fields = [f"{layer}.{field}" for layer in range(step.num_layers) for field in TileCache._fields]
     masks = ["attention_mask"] if step.masked else []
     inputs = ["input_ids", *(f"past.{name}" for name in fields), *masks]
     outputs = ["logits", *(f"present.{name}" for name in fields)]

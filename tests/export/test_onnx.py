@@ -120,9 +120,7 @@ def test_file_holds_plain_operators_the_cache_and_what_it_is(path, session) -> N
     assert str(Path(kvarn_ops.__file__).parents[1]) not in path.read_bytes().decode("latin-1")
 
 
-def test_steps_without_torch_give_the_logits_and_codes_of_eager_mode(
-    path, session, model
-) -> None:
+def test_steps_without_torch_give_the_logits_and_codes_of_eager_mode(path, session, model) -> None:
     """Chunks that finish none, one and three tiles, then 330 single tokens, two rows."""
     length = 80 + 10 + 27 + 330 - 50
     ids = random_ids(2, length)
