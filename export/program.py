@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -68,7 +69,9 @@ def export_step(step: StepModel, most: int) -> ExportedProgram:
     tokens = torch.zeros(step.batch_size, min(2, most), dtype=torch.int64, device=device)
     shapes: Any = ({1: Dim("new_tokens", min=1, max=most)},) if most > 1 else None
     step.reset()
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # The layers' flags that one forward sets and clears.
+        warnings.filterwarnings("ignore", message="While compiling, we found certain side effects")
         program = torch.export.export(step, (tokens,), dynamic_shapes=shapes, strict=True)
     step.reset()
     return program

@@ -60,6 +60,7 @@ _LAZY: dict[str, dict[str, str]] = {
     "kvarn_ops.export": {
         "aot_compile": "aoti",
         "export_program": "program",
+        "to_onnx": "onnx_model",
     },
 }
 
