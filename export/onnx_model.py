@@ -135,9 +135,9 @@ def _exported(step: FunctionalStep, any_batch: bool) -> ExportedProgram:
     """The program with our ops left whole."""
     past = step.empty()
     batch = len(past[0]["seq_lens"])
-    tokens = torch.zeros(batch, min(2, step.chunk), dtype=torch.int64, device=step.rotation.device)
+    tokens = torch.zeros(batch, 2, dtype=torch.int64, device=step.rotation.device)
     rows = {0: Dim("batch", min=1)} if any_batch else {}
-    new = {1: Dim("new_tokens", min=1, max=step.chunk)} if step.chunk > 1 else {}
+    new = {1: Dim("new_tokens", min=1, max=_most(step))}
     of_past = [dict.fromkeys(layer, rows) for layer in past]
     mask = (torch.ones_like(tokens),) if step.masked else ()
     shapes: Any = (rows | new, of_past, *[rows | new] * len(mask))
@@ -152,13 +152,20 @@ def _exported(step: FunctionalStep, any_batch: bool) -> ExportedProgram:
     return program
 
 
+def _most(step: FunctionalStep) -> int:
+    """New tokens that the program is traced for. With the size 1 written into it, onnxscript's
+    optimizer (0.7) gives `If` branches that refer to what they do not hold.
+    """
+    return max(2, step.chunk)
+
+
 def _translated(program: ExportedProgram, step: FunctionalStep, opset: int) -> ir.Model:
     fields = [f"{layer}.{field}" for layer in range(step.num_layers) for field in TileCache._fields]
     masks = ["attention_mask"] if step.masked else []
     inputs = ["input_ids", *(f"past.{name}" for name in fields), *masks]
     outputs = ["logits", *(f"present.{name}" for name in fields)]
     # Our ops become plain arithmetic while the exporter decomposes the program.
-    with torch.no_grad(), portable(step.chunk, fast_decode=False), warnings.catch_warnings():
+    with torch.no_grad(), portable(_most(step), fast_decode=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of onnxscript about itself
         try:
             made = torch.onnx.export(
