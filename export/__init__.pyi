@@ -1,2 +1,2 @@
-from .onnx_model import to_onnx as to_onnx
-from .program import export_program as export_program
+from kvarn_ops.export.onnx_model import to_onnx as to_onnx
+from kvarn_ops.export.program import export_program as export_program
