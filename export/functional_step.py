@@ -93,8 +93,9 @@ class FunctionalStep(nn.Module):
         # Looked up, so that runtimes refuse more tokens than `chunk`: tiles would be missing.
         count = torch.arange(input_ids.shape[1], device=input_ids.device)
         rank = self.ranks.index_select(0, count).unsqueeze(0)
+        input_ids = torch.where(rank >= 0, input_ids, 0)  # for models that take no positions
         if attention_mask is not None:
-            valid = attention_mask.bool() & (rank >= 0)
+            valid = attention_mask.bool()
             rank = (valid.long().cumsum(-1) - 1).clamp_min(0)
             kwargs["attention_mask"] = valid[:, None, None, :]
         if self.takes_positions:
