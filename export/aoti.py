@@ -10,14 +10,17 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from kvarn_ops.errors import InputError
+from kvarn_ops.errors import BackendError, InputError
 from kvarn_ops.ops.portable import portable
+from kvarn_ops.versions import release
 
 from .program import export_step
 from .step_model import StepModel
 
 __all__ = ["aot_compile"]
 
+# With 2.11, decoding differs by more than rounding once tiles are quantized; 2.12 was not tried.
+_OLDEST_TORCH = (2, 13)
 # The empty cache is all zeros, which Inductor 2.13 would fold although every call changes it.
 _SETTINGS = {"joint_graph_constant_folding": False}
 
@@ -41,7 +44,7 @@ def aot_compile(
     Parameters
     ----------
     model : nn.Module
-        A patched Hugging Face model in eval mode, on the device that the package is for.
+        A patched Hugging Face model in eval mode, on a CPU.
     path : path
         Where to write, ending in `.pt2`. Nothing is left there if the compilation fails.
     max_cache_len : int
@@ -62,7 +65,10 @@ def aot_compile(
         If the model is not patched, or not all of its layers are packed.
     InputError
         If a size is out of range, or the path does not end in `.pt2`.
+    BackendError
+        If the model is not on a CPU, or torch is older than 2.13.
     """
+    _check_platform(model)
     target = Path(path)
     if target.suffix != ".pt2":
         raise InputError(f"{target} does not end in .pt2, which AOTInductor packages do.")
@@ -74,6 +80,21 @@ def aot_compile(
         )
         os.replace(made, target)
     return target
+
+
+def _check_platform(model: nn.Module) -> None:
+    """What is known to give wrong or slow programs."""
+    if release(torch.__version__) < _OLDEST_TORCH:
+        raise BackendError(
+            f"AOTInductor of torch {torch.__version__} compiles this program wrongly: use torch 2.13 "
+            "or newer, or export_program, which works with older releases."
+        )
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        raise BackendError(
+            f"the model is on {device}, and packages are made for CPUs only so far: move it with "
+            "model.cpu(), or use export_program."
+        )
 
 
 def without_ops(

@@ -10,7 +10,11 @@ import torch
 import kvarn_ops
 from fresh_process import run_python
 from kvarn_ops.export import aot_compile
+from kvarn_ops.versions import release
 from tiny_models import patched, random_ids, run, small_cache
+
+OLD = release(torch.__version__) < (2, 13)
+needs_new = pytest.mark.skipif(OLD, reason="packages need torch 2.13")
 
 PREFILL, LENGTH, CHUNK = 200, 300, 120
 
@@ -25,6 +29,7 @@ print([name for name in sys.modules if name.partition(".")[0] == "kvarn_ops"])
 """
 
 
+@needs_new
 @pytest.mark.export
 def test_package_steps_without_this_package_as_the_model_does(tmp_path: Path) -> None:
     model, ids = patched("llama", "k4v2_g32"), random_ids(1, LENGTH)
@@ -45,6 +50,7 @@ def test_package_steps_without_this_package_as_the_model_does(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ids.pt", "logits.pt", "model.pt2"]
 
 
+@needs_new
 @pytest.mark.export
 @pytest.mark.parametrize(
     ("name", "options", "says"),
@@ -59,4 +65,14 @@ def test_impossible_packages_leave_nothing(
 ) -> None:
     with pytest.raises(kvarn_ops.InputError, match=says):
         aot_compile(patched(), tmp_path / name, max_cache_len=64, **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.export
+def test_releases_that_compile_it_wrongly_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cpu")
+    with pytest.raises(kvarn_ops.BackendError, match=r"2\.13"):
+        aot_compile(patched(), tmp_path / "model.pt2", max_cache_len=64)
     assert not list(tmp_path.iterdir())
