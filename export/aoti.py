@@ -86,8 +86,8 @@ def _check_platform(model: nn.Module) -> None:
     """What is known to give wrong or slow programs."""
     if release(torch.__version__) < _OLDEST_TORCH:
         raise BackendError(
-            f"AOTInductor of torch {torch.__version__} compiles this program wrongly: use torch 2.13 "
-            "or newer, or export_program, which works with older releases."
+            f"AOTInductor of torch {torch.__version__} compiles this program wrongly: use torch "
+            "2.13 or newer, or export_program, which works with older releases."
         )
     device = next(model.parameters()).device
     if device.type != "cpu":
