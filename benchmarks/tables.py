@@ -28,6 +28,7 @@ PAGES = [
     DOCS / "evaluation.md",
     DOCS / "fold_rotation.md",
     DOCS / "kernels.md",
+    DOCS / "modules.md",
     HERE.parent / "README.md",
 ]
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -238,8 +239,22 @@ def _target(text: str, least: float, measured: float | None) -> list[str]:
 ATTENTION, MODEL = "decode_attention_cpu.csv", "model_decode_cpu.csv"
 ENCODE, PEERS = "encode_cpu.csv", "demo_peers_cpu.csv"
 FOLD_SPEED = "fold_rotation_cpu.csv"
+OWN_CACHE = "own_cache_cpu.csv"
 EVAL_TEXT = "eval_text_summary.csv"
 EVAL_CHASE, EVAL_LINES = "eval_chase_summary.csv", "eval_lines_summary.csv"
+
+
+def own_cache(rows: Rows) -> str:
+    """Milliseconds per step of a model with its own cache, by how it repeats heads."""
+    forms = list(dict.fromkeys(row["gqa"] for row in rows))
+    steps = {(r["context"], r["cache"], r["form"], r["gqa"]): r for r in rows}
+    lines = []
+    for context, cache, form in dict.fromkeys((key[:3]) for key in steps):
+        found = [steps[context, cache, form, gqa] for gqa in forms]
+        times = [f"{float(row['step_ms']):.1f}" for row in found]
+        lines.append([kilo(context), f"{cache}, {form}", *times, found[0]["mib"]])
+    heads = [f"ms, `{gqa}`" for gqa in forms]
+    return markdown(["context", "cache", *heads, "MiB"], lines)
 
 
 def kernels_static(rows: Rows) -> str:
@@ -283,6 +298,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "eval-lines-outliers": ((EVAL_LINES,), evaluated.lines_outliers),
     "eval-accumulation": (("eval_attention_layers.csv",), evaluated.accumulation),
     "eval-variants": (("eval_variants_summary.csv",), evaluated.variants),
+    "own-cache": ((OWN_CACHE,), own_cache),
+    "own-cache-conditions": ((OWN_CACHE,), conditions),
     "fold-families": (("fold_families.csv",), folding.families),
     "fold-quality": (("fold_quality.csv",), folding.quality),
     "fold-speed": ((FOLD_SPEED,), folding.speed),
