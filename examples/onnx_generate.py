@@ -32,10 +32,12 @@ DTYPES = {
 class StepModel:
     """A session and the cache of `rows` sequences, which starts empty."""
 
-    def __init__(self, path: str, rows: int = 1) -> None:
+    def __init__(self, path: str, rows: int = 1, threads: int = 0) -> None:
         import onnxruntime
 
-        self.session = onnxruntime.InferenceSession(path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads  # 0: as many as the machine has cores
+        self.session = onnxruntime.InferenceSession(path, options)
         about = self.session.get_modelmeta().custom_metadata_map
         self.chunk = int(about["kvarn_ops.chunk"])
         self.max_cache_len = int(about["kvarn_ops.max_cache_len"])
@@ -74,7 +76,7 @@ def generate(step: StepModel, prompt: list[int], count: int) -> list[int]:
     return made
 
 
-def export(path: str, max_cache_len: int, preset: str) -> None:
+def export(path: str, max_cache_len: int, preset: str, chunk: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -84,7 +86,7 @@ def export(path: str, max_cache_len: int, preset: str) -> None:
     folder = Path(__file__).parent / "byte_model"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     kvarn_ops.patch(model, preset)
-    to_onnx(model, path, max_cache_len=max_cache_len, batch_size=1)
+    to_onnx(model, path, max_cache_len=max_cache_len, batch_size=1, chunk=chunk)
 
 
 def main() -> None:
@@ -92,21 +94,23 @@ def main() -> None:
     parser.add_argument("model", help="the .onnx file")
     parser.add_argument("--export", action="store_true", help="write it from examples/byte_model")
     parser.add_argument("--max-cache-len", type=int, default=2048)
+    parser.add_argument("--chunk", type=int, default=256, help="most new tokens of a step")
     parser.add_argument("--preset", default="k4v2_g128")
     parser.add_argument("--prompt", default="# example.py\nimport os\n\n\ndef ")
     parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as there are cores")
     options = parser.parse_args()
     if options.export:
-        export(options.model, options.max_cache_len, options.preset)
+        export(options.model, options.max_cache_len, options.preset, options.chunk)
         return
-    step = StepModel(options.model)
+    step = StepModel(options.model, threads=options.threads)
     prompt = [OPENS_FILE, *options.prompt.encode()]
     start = time.perf_counter()
     made = generate(step, prompt, options.tokens)
     seconds = time.perf_counter() - start
     print(bytes(i for i in made if i < 256).decode(errors="replace"))
     print(
-        f"[{options.tokens} tokens, {1000 * seconds / options.tokens:.1f} ms each, "
+        f"[{options.tokens} tokens, {1000 * seconds / options.tokens:.2f} ms each, "
         f"cache {step.cache_bytes() / 1e6:.2f} MB]"
     )
 

@@ -14,6 +14,7 @@ from kvarn_ops.errors import BackendError, InputError
 from kvarn_ops.ops.portable import portable
 from kvarn_ops.versions import release
 
+from .about import about, state
 from .program import export_step
 from .step_model import StepModel
 
@@ -39,7 +40,8 @@ def aot_compile(
     `torch::inductor::AOTIModelPackageLoader`, without this package: it holds no custom op. It is
     called with `input_ids` `[batch_size, S]` int64, S from 1 to `chunk`, and returns `logits`
     `[batch_size, S, vocabulary]`. The cache is kept between calls and is empty when the package is
-    loaded; to start over, load it again. docs/export.md says more.
+    loaded; docs/export.md shows how a loaded package starts over. `get_metadata()` of a loaded
+    package gives its sizes.
 
     Parameters
     ----------
@@ -73,10 +75,14 @@ def aot_compile(
     if target.suffix != ".pt2":
         raise InputError(f"{target} does not end in .pt2, which AOTInductor packages do.")
     most = min(512, max_cache_len) if chunk is None else chunk
-    program = without_ops(export_step(StepModel(model, max_cache_len, batch_size), most), most)
+    step = StepModel(model, max_cache_len, batch_size)
+    # A new dict each time: Inductor adds what the machine has to it.
+    own = {"kvarn_ops.batch_size": str(batch_size), "kvarn_ops.state": state(step)}
+    settings = _SETTINGS | {"aot_inductor.metadata": about(step, most) | own}
+    program = without_ops(export_step(step, most), most)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kvarn-") as folder:
         made = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(Path(folder) / target.name), inductor_configs=_SETTINGS
+            program, package_path=str(Path(folder) / target.name), inductor_configs=settings
         )
         os.replace(made, target)
     return target

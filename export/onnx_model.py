@@ -17,11 +17,11 @@ from onnxscript import ir
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from kvarn_ops import __version__
 from kvarn_ops.errors import InputError, KVarNError, reason
 from kvarn_ops.layout import TileCache
 from kvarn_ops.ops.portable import portable
 
+from .about import about
 from .functional_step import FunctionalStep
 from .onnx_functions import translations
 from .step_model import StepModel
@@ -96,18 +96,7 @@ def to_onnx(
     written = _translated(_exported(step, batch_size is None), step, opset)
     config = shapes_of.kvarn_config
     written.metadata_props.update(
-        {
-            "kvarn_ops.version": __version__,
-            "kvarn_ops.preset": config.preset,
-            "kvarn_ops.config": config.to_string(),
-            "kvarn_ops.group_size": str(config.group_size),
-            "kvarn_ops.num_sink_tokens": str(config.num_sink_tokens),
-            "kvarn_ops.max_cache_len": str(max_cache_len),
-            "kvarn_ops.chunk": str(chunk),
-            "kvarn_ops.num_layers": str(step.num_layers),
-            "torch.version": str(torch.__version__),
-            "onnxscript.version": onnxscript.__version__,
-        }
+        about(shapes_of, chunk) | {"onnxscript.version": onnxscript.__version__}
     )
     written.doc_string = (
         f"One step of {type(model).__name__} with a KVarN cache ({config.preset}) for "
