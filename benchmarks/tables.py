@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import evaluation_tables as evaluated
+import export_tables as exported
 import fold_tables as folding
 from markdown_table import markdown
 
@@ -26,6 +27,7 @@ DOCS = HERE.parent / "docs"
 PAGES = [
     DOCS / "benchmarks.md",
     DOCS / "evaluation.md",
+    DOCS / "export.md",
     DOCS / "fold_rotation.md",
     DOCS / "kernels.md",
     DOCS / "modules.md",
@@ -300,6 +302,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "eval-variants": (("eval_variants_summary.csv",), evaluated.variants),
     "own-cache": ((OWN_CACHE,), own_cache),
     "own-cache-conditions": ((OWN_CACHE,), conditions),
+    "exported-steps": ((exported.STEPS,), exported.steps),
+    "exported-steps-conditions": ((exported.STEPS,), conditions),
     "fold-families": (("fold_families.csv",), folding.families),
     "fold-quality": (("fold_quality.csv",), folding.quality),
     "fold-speed": ((FOLD_SPEED,), folding.speed),

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 
-from kvarn_ops.errors import BackendError, InputError
+from kvarn_ops.errors import BackendError
 from kvarn_ops.ops.portable import portable
 from kvarn_ops.versions import release
 
 from .about import about, state
+from .artefact import check_place, written
 from .program import export_step
+from .stages import stage
 from .step_model import StepModel
 
 __all__ = ["aot_compile"]
@@ -24,6 +24,7 @@ __all__ = ["aot_compile"]
 _OLDEST_TORCH = (2, 13)
 # The empty cache is all zeros, which Inductor 2.13 would fold although every call changes it.
 _SETTINGS = {"joint_graph_constant_folding": False}
+_TRACES = 2  # how often torch traces the step of a layer, for the progress bar
 
 
 def aot_compile(
@@ -66,25 +67,29 @@ def aot_compile(
     UnsupportedModelError
         If the model is not patched, or not all of its layers are packed.
     InputError
-        If a size is out of range, or the path does not end in `.pt2`.
+        If a size is out of range, the path does not end in `.pt2`, or its folder does not exist.
     BackendError
         If the model is not on a CPU, or torch is older than 2.13.
     """
     _check_platform(model)
-    target = Path(path)
-    if target.suffix != ".pt2":
-        raise InputError(f"{target} does not end in .pt2, which AOTInductor packages do.")
+    target = check_place(path, ".pt2")
     most = min(512, max_cache_len) if chunk is None else chunk
     step = StepModel(model, max_cache_len, batch_size)
     # A new dict each time: Inductor adds what the machine has to it.
     own = {"kvarn_ops.batch_size": str(batch_size), "kvarn_ops.state": state(step)}
     settings = _SETTINGS | {"aot_inductor.metadata": about(step, most) | own}
-    program = without_ops(export_step(step, most), most)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kvarn-") as folder:
-        made = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(Path(folder) / target.name), inductor_configs=settings
+    program = export_step(step, most)
+    layers = len(step.cache.layers)
+    with (
+        stage("Writing out the ops", _TRACES * layers) as advance,
+        portable(most, fast_decode=True, on_step=advance),
+        torch.no_grad(),
+    ):
+        program = program.run_decompositions({})
+    with stage("Compiling"), written(target) as place:
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(place), inductor_configs=settings
         )
-        os.replace(made, target)
     return target
 
 
@@ -101,11 +106,3 @@ def _check_platform(model: nn.Module) -> None:
             f"the model is on {device}, and packages are made for CPUs only so far: move it with "
             "model.cpu(), or use export_program."
         )
-
-
-def without_ops(
-    program: ExportedProgram, most: int, *, fast_decode: bool = True
-) -> ExportedProgram:
-    """The program with our ops written out, for up to `most` new tokens."""
-    with portable(most, fast_decode=fast_decode), torch.no_grad():
-        return program.run_decompositions({})

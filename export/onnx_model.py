@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,16 @@ from kvarn_ops.layout import TileCache
 from kvarn_ops.ops.portable import portable
 
 from .about import about
+from .artefact import check_place, written
 from .functional_step import FunctionalStep
 from .onnx_functions import translations
+from .stages import stage
 from .step_model import StepModel
 
 __all__ = ["to_onnx"]
 
 _OLDEST_OPSET = 18  # of the operators that torch's exporter writes, and of BitwiseAnd
-_logger = logging.getLogger("kvarn_ops")
+_TRACES = 2  # how often torch traces the step of a layer, for the progress bar
 
 
 def to_onnx(
@@ -87,25 +87,28 @@ def to_onnx(
     >>> kvarn_ops.patch(model)
     >>> kvarn_ops.export.to_onnx(model, "model.onnx", max_cache_len=4096)
     """
-    path = Path(path)
-    _check(path, chunk, batch_size, opset)
+    path = check_place(path)
+    _check(chunk, opset)
     # Two rows where any number is meant: torch.export takes a size of 1 for a constant.
-    shapes_of = StepModel(model, max_cache_len, batch_size or 2)
+    shapes_of = StepModel(model, max_cache_len, 2 if batch_size is None else batch_size)
     chunk = min(chunk, max_cache_len)
     step = FunctionalStep(shapes_of, chunk, attention_mask).eval()
-    written = _translated(_exported(step, batch_size is None), step, opset)
+    made = _translated(_exported(step, batch_size is None), step, opset)
     config = shapes_of.kvarn_config
-    written.metadata_props.update(
+    made.metadata_props.update(
         about(shapes_of, chunk) | {"onnxscript.version": onnxscript.__version__}
     )
-    written.doc_string = (
+    made.doc_string = (
         f"One step of {type(model).__name__} with a KVarN cache ({config.preset}) for "
         f"{max_cache_len} tokens: at most {chunk} new tokens a call, all-zero past is empty."
     )
-    return _saved(written, path)
+    with stage("Writing and checking"), written(path) as place:
+        torch.onnx.ONNXProgram(made, None).save(place)
+        onnx.checker.check_model(place, full_check=True)
+    return path
 
 
-def _check(path: Path, chunk: int, batch_size: int | None, opset: int) -> None:
+def _check(chunk: int, opset: int) -> None:
     newest = onnx.defs.onnx_opset_version()
     if not _OLDEST_OPSET <= opset <= newest:
         raise InputError(
@@ -114,10 +117,6 @@ def _check(path: Path, chunk: int, batch_size: int | None, opset: int) -> None:
         )
     if chunk < 1:
         raise InputError(f"chunk={chunk}: give the most new tokens of a call, at least 1.")
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size={batch_size}: give an integer >= 1, or None for any number.")
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"{path} cannot be written: give a file name in a folder that exists.")
 
 
 def _exported(step: FunctionalStep, any_batch: bool) -> ExportedProgram:
@@ -130,7 +129,7 @@ def _exported(step: FunctionalStep, any_batch: bool) -> ExportedProgram:
     of_past = [dict.fromkeys(layer, rows) for layer in past]
     mask = (torch.ones_like(tokens),) if step.masked else ()
     shapes: Any = (rows | new, of_past, *[rows | new] * len(mask))
-    with torch.no_grad():
+    with stage("Tracing the model"), torch.no_grad():
         program = torch.export.export(
             step, (tokens, past, *mask), dynamic_shapes=shapes, strict=False
         )
@@ -154,7 +153,12 @@ def _translated(program: ExportedProgram, step: FunctionalStep, opset: int) -> i
     inputs = ["input_ids", *(f"past.{name}" for name in fields), *masks]
     outputs = ["logits", *(f"present.{name}" for name in fields)]
     # Our ops become plain arithmetic while the exporter decomposes the program.
-    with torch.no_grad(), portable(_most(step), fast_decode=False), warnings.catch_warnings():
+    with (
+        stage("Writing out the ops", _TRACES * step.num_layers) as advance,
+        portable(_most(step), fast_decode=False, on_step=advance),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # of onnxscript about itself
         try:
             made = torch.onnx.export(
@@ -218,15 +222,3 @@ def _name_limit(model: ir.Model, chunk: int) -> None:
     for node in model.graph:
         if node.inputs and node.inputs[0] is not None and node.inputs[0].name == "ranks":
             node.name = f"input_ids_may_have_at_most_{chunk}_new_tokens"
-
-
-def _saved(model: ir.Model, path: Path) -> Path:
-    """Write next to `path`, check, and move: no half-written model is ever at `path`."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        target = Path(folder) / path.name
-        torch.onnx.ONNXProgram(model, None).save(target)
-        onnx.checker.check_model(target, full_check=True)
-        for file in sorted(Path(folder).iterdir(), key=lambda file: file == target):
-            os.replace(file, path.parent / file.name)
-    _logger.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
-    return path

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +13,11 @@ from torch.export import Dim, ExportedProgram
 
 from kvarn_ops.errors import InputError
 
+from .artefact import check_place, written
+from .stages import stage
 from .step_model import StepModel
 
-__all__ = ["export_program", "export_step"]
+__all__ = ["export_program", "export_step", "save_program"]
 
 
 def export_program(
@@ -69,9 +73,23 @@ def export_step(step: StepModel, most: int) -> ExportedProgram:
     tokens = torch.zeros(step.batch_size, min(2, most), dtype=torch.int64, device=device)
     shapes: Any = ({1: Dim("new_tokens", min=1, max=most)},) if most > 1 else None
     step.reset()
-    with torch.no_grad(), warnings.catch_warnings():
+    with stage("Tracing the model"), torch.no_grad(), warnings.catch_warnings():
         # The layers' flags that one forward sets and clears.
         warnings.filterwarnings("ignore", message="While compiling, we found certain side effects")
         program = torch.export.export(step, (tokens,), dynamic_shapes=shapes, strict=True)
     step.reset()
     return program
+
+
+def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
+    """`torch.export.save` that leaves a whole file or none; returns its path.
+
+    Raises
+    ------
+    InputError
+        If the path does not end in `.pt2`, or its folder does not exist.
+    """
+    target = check_place(path, ".pt2")
+    with stage("Saving"), written(target) as place:
+        torch.export.save(program, place)
+    return target

@@ -59,7 +59,10 @@ _LAZY: dict[str, dict[str, str]] = {
     },
     "kvarn_ops.export": {
         "aot_compile": "aoti",
+        "Comparison": "comparison",
+        "compare": "comparison",
         "export_program": "program",
+        "save_program": "program",
         "to_onnx": "onnx_model",
     },
 }

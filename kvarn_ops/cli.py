@@ -14,6 +14,7 @@ import typer
 
 from kvarn_ops.errors import KVarNError
 from kvarn_ops.eval.command import evaluate
+from kvarn_ops.export_command import export
 
 __all__ = ["app", "main"]
 
@@ -283,6 +284,7 @@ def bench(
 
 
 app.command(name="eval")(evaluate)
+app.command()(export)
 
 
 def _fail(message: str) -> NoReturn:

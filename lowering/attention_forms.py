@@ -19,7 +19,7 @@ import torch
 
 from .axes import op_name, value_of
 
-__all__ = ["AttentionCall", "attention_calls"]
+__all__ = ["AttentionCall", "attention_calls", "read_sdpa"]
 
 Node = torch.fx.Node
 
@@ -54,7 +54,7 @@ def attention_calls(graph: torch.fx.Graph) -> Iterator[AttentionCall]:
     for node in graph.nodes:
         name = op_name(node)
         if name == _SDPA:
-            yield _sdpa(node)
+            yield read_sdpa(node)
         elif name == _FLEX:
             q, k, v = node.args[:3]
             yield AttentionCall(node, q, k, v, 0.0, unknown="FlexAttention is not rewritten")
@@ -64,7 +64,8 @@ def attention_calls(graph: torch.fx.Graph) -> Iterator[AttentionCall]:
                 yield call
 
 
-def _sdpa(node: Node) -> AttentionCall:
+def read_sdpa(node: Node) -> AttentionCall:
+    """A call of `scaled_dot_product_attention`."""
     given: dict[str, Any] = dict(zip(_SDPA_NAMES, node.args, strict=False)) | dict(node.kwargs)
     q = given.pop("query")
     width = value_of(q).shape[-1]

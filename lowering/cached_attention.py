@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -12,18 +11,18 @@ from kvarn_ops.config import KVarNConfig
 from kvarn_ops.errors import InputError
 from kvarn_ops.hadamard import check_head_dim
 
+from .attention_forms import AttentionCall, read_sdpa
 from .axes import Node, number, op_name, value_of, walk_views
 from .evaluate import attribute
 from .graph import module_path
 from .head_repeat import HeadRepeat, is_head_repeat
 from .mask_proof import Prover
-from .rewrite_report import LayerReport
+from .rewrite_report import RewrittenLayer
 from .static_cache import CacheWrite, find_caches
 
 __all__ = ["CachedAttention", "match_attentions"]
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
-_SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class _Left(Exception):
 
 def match_attentions(
     module: torch.fx.GraphModule, prover: Prover, config: KVarNConfig
-) -> tuple[list[CachedAttention], list[LayerReport]]:
+) -> tuple[list[CachedAttention], list[RewrittenLayer]]:
     """Attentions whose caches can be packed, and reports on all others.
 
     Parameters
@@ -62,27 +61,27 @@ def match_attentions(
     """
     writes, unlike = find_caches(module.graph)
     found: list[CachedAttention] = []
-    left: list[LayerReport] = []
+    left: list[RewrittenLayer] = []
     for node in module.graph.find_nodes(op="call_function", target=_SDPA):
         try:
             found.append(_match(node, writes, unlike, prover, config))
         except _Left as error:
             names = _names(node, writes)
-            left.append(LayerReport(_layer(node), names, False, reason=str(error)))
+            left.append(RewrittenLayer(_layer(node), names, False, reason=str(error)))
     while True:
         problems = _conflicts(module, found, writes)
         if not problems:
             break
         for one in [one for one in found if one.node in problems]:
             names = (one.keys.name, one.values.name)
-            left.append(LayerReport(one.layer, names, False, reason=problems[one.node]))
+            left.append(RewrittenLayer(one.layer, names, False, reason=problems[one.node]))
         found = [one for one in found if one.node not in problems]
     named = {name for one in found for name in (one.keys.name, one.values.name)}
     named |= {name for report in left for name in report.caches}
     for write in writes:
         if write.name not in named:
             reason = "no scaled_dot_product_attention reads it"
-            left.append(LayerReport(_layer(write.result), (write.name,), False, reason=reason))
+            left.append(RewrittenLayer(_layer(write.result), (write.name,), False, reason=reason))
     return found, left
 
 
@@ -93,18 +92,16 @@ def _match(
     prover: Prover,
     config: KVarNConfig,
 ) -> CachedAttention:
-    given = dict(zip(_SDPA_ARGUMENTS, node.args)) | node.kwargs
-    query: Any = given["query"]
-    if given.get("dropout_p", 0.0) != 0.0:
+    call = read_sdpa(node)
+    if call.dropout:
         raise _Left("it has dropout")
-    scale = given.get("scale")
-    if scale is not None and not isinstance(scale, (int, float)):
-        raise _Left("its scale is computed")
-    keys, key_views = _operand(given["key"], writes, unlike)
-    values, value_views = _operand(given["value"], writes, unlike)
+    if call.unknown:
+        raise _Left(call.unknown)
+    keys, key_views = _operand(call.k, writes, unlike)
+    values, value_views = _operand(call.v, writes, unlike)
     _check_pair(keys, values, config)
-    _check_heads(query, given, keys, key_views.times, value_views.times)
-    mask, is_causal = given.get("attn_mask"), bool(given.get("is_causal", False))
+    _check_heads(call, keys, key_views.times, value_views.times)
+    mask = call.mask
     sources = prover.shifted(keys, mask) if keys.shifts else prover.position(keys)
     if isinstance(sources, str):
         raise _Left(sources)
@@ -113,12 +110,13 @@ def _match(
         raise _Left(others)
     if keys.shifts != values.shifts or others != sources:
         raise _Left("keys and values are not proven to be written to the same slots")
-    length = _length(given["key"], key_views)
-    verdict = prover.mask(keys, sources, mask, is_causal, length)
+    length = _length(call.k, key_views)
+    verdict = prover.mask(keys, sources, mask, call.is_causal, length)
     if verdict.refused:
         raise _Left(verdict.refused)
     if not verdict.causal:
-        _check_mask(mask, query, given["key"])
+        assert mask is not None  # without one, the verdict is causal or a refusal
+        _check_mask(mask, call.q, call.k)
     evidence = [keys.position, values.position, *([mask] if verdict.causal else [])]
     assumes = None
     if prover.assumes_consecutive(keys, sources, evidence):
@@ -128,9 +126,8 @@ def _match(
     if keys.shifts:
         keys = replace(keys, position=sources.single)
     return CachedAttention(
-        node, _layer(node), query, keys, values, None if verdict.causal else mask, verdict.note,
-        float(scale) if scale is not None else value_of(query).shape[-1] ** -0.5,
-        frozenset({*key_views.nodes, *value_views.nodes}), assumes,
+        node, _layer(node), call.q, keys, values, None if verdict.causal else mask, verdict.note,
+        float(call.scale), frozenset({*key_views.nodes, *value_views.nodes}), assumes,
     )  # fmt: skip
 
 
@@ -179,16 +176,14 @@ def _shape(write: CacheWrite) -> tuple[int, ...]:
     return tuple(shape[axis] for axis in write.layout)
 
 
-def _check_heads(
-    query: Node, given: dict[str, Any], keys: CacheWrite, times: int, value_times: int
-) -> None:
-    shape, key = value_of(query).shape, value_of(given["key"]).shape
+def _check_heads(call: AttentionCall, keys: CacheWrite, times: int, value_times: int) -> None:
+    shape, key = value_of(call.q).shape, value_of(call.k).shape
     heads = _shape(keys)[1]
     if len(shape) != 4 or number(shape[0]) != number(key[0]):
         raise _Left("queries and keys have different batch sizes")
     if number(shape[2]) != number(keys.count):
         raise _Left(f"{shape[2]} queries attend where {keys.count} tokens are written")
-    fits = given.get("enable_gqa", False) or heads * times in (1, shape[1])
+    fits = call.enable_gqa or heads * times in (1, shape[1])
     if times != value_times or not fits or shape[1] % heads:
         raise _Left(f"{shape[1]} query heads do not fit {heads} heads that are repeated {times}x")
 

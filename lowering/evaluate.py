@@ -17,7 +17,7 @@ from kvarn_ops._compat import is_unbacked, size_expression
 
 from .axes import Node, number, op_name, value_of
 
-__all__ = ["Evaluator", "Sources", "attribute", "size_at"]
+__all__ = ["Evaluator", "Sources", "attribute", "remove_attribute", "size_at"]
 
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -196,6 +196,12 @@ def attribute(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name)
     return module
+
+
+def remove_attribute(module: Any, path: str) -> None:
+    """Delete the parameter, buffer or submodule at a dotted path."""
+    owner, _, leaf = path.rpartition(".")
+    delattr(attribute(module, owner) if owner else module, leaf)
 
 
 def _is_size(node: Node) -> bool:

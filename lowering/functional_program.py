@@ -13,7 +13,7 @@ from kvarn_ops._compat import size_expression
 from kvarn_ops.errors import UnsupportedModelError, reason
 
 from .axes import Node
-from .evaluate import attribute
+from .evaluate import attribute, remove_attribute
 
 __all__ = ["exported_again", "opened", "ranges_of"]
 
@@ -75,8 +75,7 @@ def _merged(program: ExportedProgram) -> ExportedProgram:
             module.graph.erase_node(node)
     used = {node.target for node in module.graph.find_nodes(op="get_attr")}
     for name in [name for name, _ in module.named_buffers() if name not in used]:
-        owner, _, leaf = name.rpartition(".")
-        delattr(attribute(module, owner) if owner else module, leaf)
+        remove_attribute(module, name)
     module.recompile()
     return exported_again(module, program)
 

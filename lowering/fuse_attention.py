@@ -12,6 +12,7 @@ from kvarn_ops.layout import TileCache
 
 from . import record
 from .attention_forms import AttentionCall, attention_calls
+from .attention_node import four_axes, with_strides_of
 from .axes import op_name, value_of, walk_views
 from .dequantized import dequantize_behind
 from .head_repeat import is_head_repeat
@@ -193,11 +194,8 @@ def _replace(match: _Match) -> None:
             (call.q, *cache, rotation, None, call.scale, call.softcap, False, config, backend, 0,
              mask),
         )  # fmt: skip
+        new = with_strides_of(graph, new, call.out)
         new.meta.update(call.out.meta)
-        old = value_of(call.out)
-        if old is not None and not old.is_contiguous():  # code after it may view it
-            new = _like_sdpa(graph, new)
-            new.meta.update(call.out.meta)
     call.out.replace_all_uses_with(new)
 
 
@@ -213,20 +211,10 @@ def _mask(graph: torch.fx.Graph, call: AttentionCall, tokens: int) -> Node:
         axes = 2
     else:
         axes = value_of(mask).ndim
-    for _ in range(4 - axes):
-        mask = graph.call_function(torch.ops.aten.unsqueeze.default, (mask, 0))
+    mask = four_axes(graph, mask, axes)
     if call.mask_hides:
         mask = graph.call_function(torch.ops.aten.logical_not.default, (mask,))
     return mask
-
-
-def _like_sdpa(graph: torch.fx.Graph, node: Node) -> Node:
-    """The strides of SDPA's result: heads inside tokens."""
-    swap = torch.ops.aten.transpose.int
-    inner = graph.call_function(swap, (node, 1, 2))
-    inner = graph.call_function(torch.ops.aten.clone.default, (inner,),
-                                {"memory_format": torch.contiguous_format})  # fmt: skip
-    return graph.call_function(swap, (inner, 1, 2))
 
 
 def _is_dequantize(node: Node) -> bool:

@@ -10,9 +10,10 @@ from kvarn_ops._compat import is_saved
 from kvarn_ops.kv_cache import KVCache
 from kvarn_ops.layout import TileCache
 
-from .axes import Node, Sizes, op_name, value_of
+from .attention_node import four_axes, with_strides_of
+from .axes import Node, op_name, value_of
 from .cached_attention import CachedAttention
-from .evaluate import attribute
+from .evaluate import attribute, remove_attribute
 from .static_cache import CacheWrite
 
 __all__ = ["PackedBuffers"]
@@ -64,14 +65,17 @@ class PackedBuffers:
             self._check_consecutive(one.assumes)
         cache, buffers = self._caches[one.keys.name]
         with self._graph.inserting_before(one.node):
+            mask = one.mask
+            if mask is not None:
+                mask = four_axes(self._graph, mask, value_of(mask).ndim)
             result = self._graph.call_function(
                 _OPS.attention.default,
                 (
                     one.query, *buffers[:-1], buffers[-1], None, one.scale, 0.0, one.mask is None,
-                    cache.config_line, cache.backend, 0, self._four_axes(one.mask),
+                    cache.config_line, cache.backend, 0, mask,
                 ),
             )  # fmt: skip
-            result = self._same_strides(result, one.node)
+            result = with_strides_of(self._graph, result, one.node)
         one.node.replace_all_uses_with(result)
         self._erase(one.node)
 
@@ -82,8 +86,7 @@ class PackedBuffers:
         buffers = dict(self._module.named_buffers())
         for name in sorted(self._read - self._targets()):
             if name in buffers:
-                owner, _, leaf = name.rpartition(".")
-                delattr(attribute(self._module, owner) if owner else self._module, leaf)
+                remove_attribute(self._module, name)
                 self.removed[name] = buffers[name].nbytes
         self._graph.lint()
         self._module.recompile()
@@ -196,23 +199,6 @@ class PackedBuffers:
     def _start(self) -> Node:
         """The node before which all inputs are there."""
         return self._graph.find_nodes(op="placeholder")[-1].next
-
-    def _four_axes(self, mask: Node | None) -> Node | None:
-        for _ in range(0 if mask is None else 4 - value_of(mask).ndim):
-            mask = self._call("unsqueeze.default", mask, 0)
-        return mask
-
-    def _same_strides(self, result: Node, dense: Node) -> Node:
-        """As the dense attention had them: the program may view its output by them."""
-        value, sizes = value_of(dense), Sizes()
-        strides = [sizes(stride) for stride in value.stride()]
-        order = sorted(range(4), key=lambda axis: -strides[axis])
-        if order == [0, 1, 2, 3]:
-            return result
-        inverse = [order.index(axis) for axis in range(4)]
-        moved = self._call("permute.default", result, order)
-        packed = self._call("clone.default", moved, memory_format=torch.contiguous_format)
-        return self._call("permute.default", packed, inverse)
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Node:
         packet, _, overload = name.partition(".")

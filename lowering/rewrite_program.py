@@ -15,7 +15,7 @@ from .evaluate import Evaluator
 from .functional_program import exported_again, opened, ranges_of
 from .mask_proof import Prover
 from .packed_buffers import PackedBuffers
-from .rewrite_report import LayerReport, RewriteReport, remember
+from .rewrite_report import RewriteReport, RewrittenLayer, remember
 
 __all__ = ["rewrite_kv_cache"]
 
@@ -75,7 +75,7 @@ def rewrite_kv_cache(
     prover = Prover(Evaluator(module), ranges_of(functional))
     found, left = match_attentions(module, prover, config)
     done = [
-        LayerReport(
+        RewrittenLayer(
             one.layer,
             (one.keys.name, one.values.name),
             True,

@@ -10,11 +10,11 @@ import torch
 
 from kvarn_ops.errors import InputError
 
-__all__ = ["LayerReport", "RewriteReport", "explain_rewrite"]
+__all__ = ["RewriteReport", "RewrittenLayer", "explain_rewrite"]
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class RewrittenLayer:
     """One attention, or one cache that no attention reads.
 
     Attributes
@@ -51,7 +51,7 @@ class RewriteReport:
 
     Attributes
     ----------
-    layers : tuple of LayerReport
+    layers : tuple of RewrittenLayer
         In the program's order.
     removed : dict
         Names and bytes of the buffers that are gone: dense caches, and tables of masks that
@@ -60,12 +60,12 @@ class RewriteReport:
         Of the buffers that took their place.
     """
 
-    layers: tuple[LayerReport, ...]
+    layers: tuple[RewrittenLayer, ...]
     removed: Mapping[str, int] = field(default_factory=dict)
     packed_bytes: int = 0
 
     @property
-    def refused(self) -> tuple[LayerReport, ...]:
+    def refused(self) -> tuple[RewrittenLayer, ...]:
         """The layers that were left dense."""
         return tuple(layer for layer in self.layers if not layer.rewritten)
 

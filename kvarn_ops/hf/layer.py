@@ -15,7 +15,7 @@ from ..crop import check_crop
 from ..errors import CacheError, UnsupportedModelError
 from ..hadamard import check_head_dim, hadamard
 from ..layout import PackedTiles, TileCache, allocate
-from ..ops.dense import tiles_of
+from ..ops.append import drop_open_equalizers
 from ..ops.validate import check_new_tokens
 from .frame import OWN_FRAME, forms
 from .rows import selected, selected_shared
@@ -234,10 +234,8 @@ class KVarNLayer(CacheLayerMixin):
         check_crop(count, lengths, high_water, self.config, closed)
         self._high_water.copy_(high_water)
         lengths.sub_(count)
-        if self.shared is None:  # a first tile that is open again may become another one
-            no_tile = (tiles_of(lengths, self.config) == 0)[:, None, None]
-            self.tiles.k_equalizer.masked_fill_(no_tile, 0.0)
-            self.tiles.v_equalizer.masked_fill_(no_tile, 0.0)
+        if self.shared is None:
+            drop_open_equalizers(self.tiles, self.config)
         self.cumulative_length.sub_(count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -16,6 +16,7 @@ from .. import dispatch
 from ..config import KVarNConfig
 from ..layout import TileCache
 from ..reference.encode import encode_keys, encode_values, first_equalizer
+from .dense import tiles_of
 from .library import CACHE_ARGS, CACHE_MUTATED_ARGS, CACHE_RETURNS, define
 from .validate import check_capacity, check_for_kernels, check_new_tokens, check_room
 
@@ -164,6 +165,13 @@ def _equalize(stored: Tensor, first_tile: Tensor, config: KVarNConfig) -> None:
     fresh = first_equalizer(first_tile, config)
     made = ((stored != 0) | stored.signbit()).any(-1, keepdim=True)
     stored.copy_(torch.where(made, stored, fresh))
+
+
+def drop_open_equalizers(cache: TileCache, config: KVarNConfig) -> None:
+    """After tokens were removed: a first tile that is open again may become another one."""
+    no_tile = (tiles_of(cache.seq_lens, config) == 0)[:, None, None]
+    cache.k_equalizer.masked_fill_(no_tile, 0.0)
+    cache.v_equalizer.masked_fill_(no_tile, 0.0)
 
 
 def _append_functional(

@@ -17,7 +17,7 @@ from ..config import KVarNConfig
 from ..crop import check_crop
 from ..errors import CacheError
 from ..layout import TileCache, capacity
-from .append import store
+from .append import drop_open_equalizers, store
 from .dense import tiles_of
 from .library import CACHE_ARGS, CACHE_MUTATED_ARGS, CACHE_RETURNS, define
 from .validate import check_capacity, check_for_kernels, check_new_tokens, waits
@@ -46,9 +46,7 @@ def _append_at_kernel(
         check_for_kernels(cache, k, v, config)
     high_water.copy_(torch.maximum(high_water, cache.seq_lens).masked_fill_(lengths == 0, 0))
     cache.seq_lens.copy_(lengths)
-    no_tile = (tiles_of(lengths, config) == 0)[:, None, None]
-    cache.k_equalizer.masked_fill_(no_tile, 0.0)  # a first tile may become another one
-    cache.v_equalizer.masked_fill_(no_tile, 0.0)
+    drop_open_equalizers(cache, config)
     if backend == "triton":
         dispatch.append(cache, k, v, None, rotation, config)
     else:

@@ -17,7 +17,15 @@ from ..reference.attention import Visible
 from .formula import materialized
 from .mask import hide, mask_of_slots
 
-__all__ = ["Partial", "dense_part", "dense_part_traced", "exponentials", "softcapped", "tiles_of"]
+__all__ = [
+    "Partial",
+    "dense_part",
+    "dense_part_traced",
+    "exponentials",
+    "softcapped",
+    "tail_positions",
+    "tiles_of",
+]
 
 
 class Partial(NamedTuple):
@@ -32,6 +40,17 @@ def tiles_of(lengths: Tensor, config: KVarNConfig) -> Tensor:
     """Quantized tiles of sequences of these lengths, elementwise."""
     body = lengths - (config.num_sink_tokens + config.tail_tokens)
     return torch.div(body, config.group_size, rounding_mode="floor").clamp_min(0)
+
+
+def tail_positions(lengths: Tensor, config: KVarNConfig) -> Tensor:
+    """Which token each slot of the tail's ring holds, `[B, ring]` int64 for `lengths` `[B]`.
+
+    Counted from the end of the sinks; negative for a slot that was never written.
+    """
+    ring = config.ring_len
+    slot = torch.arange(ring, device=lengths.device)
+    newest = lengths.unsqueeze(1) - config.num_sink_tokens - 1
+    return slot + ring * torch.div(newest - slot, ring, rounding_mode="floor")
 
 
 def dense_part(
@@ -114,11 +133,9 @@ def _slots(cache: TileCache, visible: Visible, config: KVarNConfig) -> tuple[Ten
 
     The latter is `[B, S or 1, sinks + ring]` bool, a mask aside. Empty slots have any position.
     """
-    sinks, ring = config.num_sink_tokens, cache.k_tail.shape[2]
+    sinks = config.num_sink_tokens
     lengths = cache.seq_lens.unsqueeze(1)  # [B, 1]
-    slot = torch.arange(ring, device=lengths.device)
-    newest = lengths - sinks - 1  # position after the sinks of the newest token
-    position = slot + ring * torch.div(newest - slot, ring, rounding_mode="floor")  # [B, ring]
+    position = tail_positions(cache.seq_lens, config)
     first = tiles_of(lengths, config) * config.group_size
     sink_positions = torch.arange(sinks, device=lengths.device).expand(lengths.shape[0], -1)
     held = torch.cat(

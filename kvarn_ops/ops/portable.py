@@ -8,7 +8,7 @@ than fit gives NaN, and its tiles are written no more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from ..layout import TileCache, capacity
 from ..reference.attention import Visible
 from ..reference.encode import encode_keys, encode_values, first_equalizer
 from .attend import attend_decode_traced, attend_traced
-from .dense import tiles_of
+from .dense import tail_positions, tiles_of
 from .formula import materialized
 from .visible import first_visible, new_visible
 
@@ -31,20 +31,24 @@ __all__ = ["PortableTarget", "append_portable", "portable", "portable_target", "
 class PortableTarget(NamedTuple):
     """What a program without custom ops is traced for.
 
-    `fast_decode` adds a branch for one new token in the form that Inductor fuses.
+    `fast_decode` adds a branch for one new token in the form that Inductor fuses. `on_step` is
+    called whenever a step has been traced.
     """
 
     max_new_tokens: int
     fast_decode: bool
+    on_step: Callable[[], None] | None = None
 
 
 _target: ContextVar[PortableTarget | None] = ContextVar("kvarn_portable_target", default=None)
 
 
 @contextmanager
-def portable(max_new_tokens: int, *, fast_decode: bool) -> Iterator[None]:
+def portable(
+    max_new_tokens: int, *, fast_decode: bool, on_step: Callable[[], None] | None = None
+) -> Iterator[None]:
     """Steps traced in this block, by `run_decompositions` say, contain none of our ops."""
-    token = _target.set(PortableTarget(max_new_tokens, fast_decode))
+    token = _target.set(PortableTarget(max_new_tokens, fast_decode, on_step))
     try:
         yield
     finally:
@@ -134,10 +138,11 @@ def step_portable(
         (out,) = torch.ops.higher_order.cond(q.shape[2] == 1, one, several, tuple(present))
     else:
         (out,) = several(*present)
-    span = _Span(cache.seq_lens, _count(k, valid))
-    full = span.stop > capacity(config, cache.k_codes.shape[2])
-    out = out.masked_fill(full[:, None, None, None], torch.nan)
-    return out, append_portable(k, v, valid, cache, rotation, config, target.max_new_tokens)
+    after = append_portable(k, v, valid, cache, rotation, config, target.max_new_tokens)
+    full = after.seq_lens > capacity(config, cache.k_codes.shape[2])
+    if target.on_step is not None:
+        target.on_step()
+    return out.masked_fill(full[:, None, None, None], torch.nan), after
 
 
 def append_portable(
@@ -154,16 +159,13 @@ def append_portable(
     if valid is not None:
         order = _order_of_valid(valid)
         k, v = _pick(k, order), _pick(v, order)
-    sinks, ring, tiles = config.num_sink_tokens, cache.k_tail.shape[2], cache.k_codes.shape[2]
-    device = k.device
+    sinks, tiles, device = config.num_sink_tokens, cache.k_codes.shape[2], k.device
 
     position = torch.arange(sinks, device=device).expand(k.shape[0], -1)
     k_sink = _updated(cache.k_sink, k, position, span)
     v_sink = _updated(cache.v_sink, v, position, span)
 
-    slot = torch.arange(ring, device=device)
-    newest = span.stop[:, None] - sinks - 1  # position after the sinks
-    body = slot + ring * torch.div(newest - slot, ring, rounding_mode="floor")
+    body = tail_positions(span.stop, config)
     position = torch.where(body < 0, -1, body + sinks)
     k_tail = _updated(cache.k_tail, k, position, span)
     v_tail = _updated(cache.v_tail, v, position, span)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = {"core": "kvarn_ops", "kernels": "kernels", "lowering": "lowering", "export": "export"}
 COMMAND_LINE = (
     "kvarn_ops.cli", "kvarn_ops.__main__", "kvarn_ops.benchmark", "kvarn_ops.demo",
-    "kvarn_ops.eval", "kvarn_ops.verify",
+    "kvarn_ops.eval", "kvarn_ops.export_command", "kvarn_ops.verify",
 )  # fmt: skip
 # Core packages that may need more than torch when they are imported; the rest of the core may not.
 NEEDS_EXTRAS = (*COMMAND_LINE, "kvarn_ops.hf")

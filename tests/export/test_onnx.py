@@ -219,23 +219,6 @@ def test_folder_that_does_not_exist(tmp_path) -> None:
         to_onnx(patched(), tmp_path / "no" / "m.onnx", max_cache_len=64)
 
 
-def test_failed_write_leaves_the_old_file(path, tmp_path, monkeypatch) -> None:
-    from onnxscript import ir
-
-    from kvarn_ops.export import onnx_model
-
-    target = tmp_path / "m.onnx"
-    target.write_text("old")
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("the disk is full")
-
-    monkeypatch.setattr(onnx_model.onnx.checker, "check_model", refuse)
-    with pytest.raises(RuntimeError, match="disk is full"):
-        onnx_model._saved(ir.load(path), target)
-    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
-
-
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
 def test_missing_package_is_named_with_its_extra(missing, tmp_path) -> None:
     code = BLOCKER.format(blocked={missing}) + (
