@@ -9,7 +9,8 @@ STEPS = "exported_steps_cpu.csv"
 
 def steps(rows: list[dict[str, str]]) -> str:
     """Milliseconds of the prompt, of a token and of the whole text, by form."""
-    lines = [[row["form"], row["prompt_ms"], row["token_ms"], row["whole_ms"]] for row in rows]
-    first = rows[0]
-    head = ["", f"prompt of {first['prompt_tokens']}, ms", "each token, ms"]
-    return markdown([*head, f"prompt and {first['tokens']} tokens, ms"], lines)
+    names = ("form", "prompt_ms", "token_ms", "minimum_ms", "whole_ms")
+    tokens, text = rows[0]["prompt_tokens"], rows[0]["tokens"]
+    head = ["ms", f"prompt of {tokens}", "each token", "in the fastest round"]
+    head.append(f"prompt and {text} tokens")
+    return markdown(head, [[row[name] for name in names] for row in rows])
