@@ -22,10 +22,20 @@ from fresh_process import BLOCKER, last_line, start_python
 
 pytestmark = [pytest.mark.export, pytest.mark.slow]
 
-LOADED = """
+PROGRAM = """
+import torch, kvarn_ops
+from byte_text import greedy
+step = torch.export.load("model.pt2").module()
+made = greedy(step)
+for name, x in step.named_buffers():
+    name.startswith("past_") and x.zero_()
+assert greedy(step) == made, "zeros are no new sequence"
+print(made)
+"""
+PACKAGE = """
 import torch
 from byte_text import greedy
-print(greedy({load}))
+print(greedy(torch._inductor.aoti_load_package({path!r})))
 """
 
 
@@ -63,15 +73,13 @@ def test_compiled(byte_model: Any, cache: Any, text: str, fresh_dynamo: None) ->
 def test_exported_program(byte_model: Any, text: str, tmp_path: Path, repo_root: Path) -> None:
     program = kvarn_ops.export.export_program(byte_model, max_cache_len=ROOM, dynamic=CHUNK)
     torch.export.save(program, tmp_path / "model.pt2")
-    load = 'torch.export.load("model.pt2").module()'
-    code = "import kvarn_ops" + LOADED.format(load=load)
-    made = printed_ids(code, tmp_path, repo_root, repo_root / "tests" / "helpers")
+    made = printed_ids(PROGRAM, tmp_path, repo_root, repo_root / "tests" / "helpers")
     assert text_of(made) == text
 
 
 def test_package(byte_package: Path, text: str, tmp_path: Path, repo_root: Path) -> None:
-    load = f"torch._inductor.aoti_load_package({str(byte_package)!r})"
-    code = BLOCKER.format(blocked={"kvarn_ops", "transformers"}) + LOADED.format(load=load)
+    code = BLOCKER.format(blocked={"kvarn_ops", "transformers"})
+    code += PACKAGE.format(path=str(byte_package))
     made = printed_ids(code, tmp_path, repo_root / "tests" / "helpers")
     assert text_of(made) == text
 
@@ -92,6 +100,10 @@ def test_onnx_without_torch(byte_model: Any, text: str, tmp_path: Path, repo_roo
     assert done.stdout.rpartition("\n[")[0] == text
 
 
+def finished(command: list[Any]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
     """`examples/aot_cpp`, built."""
@@ -104,7 +116,7 @@ def program(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
         ["cmake", "-S", repo_root / "examples" / "aot_cpp", "-B", folder, torch_here],
         ["cmake", "--build", folder],
     ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = finished(command)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return folder / "generate"
 
@@ -113,7 +125,7 @@ def test_package_without_python(program: Path, byte_package: Path, text: str) ->
     """Each prompt starts a new sequence, and the size of its pieces is a choice."""
     other = "class A:\n"
     words = [program, byte_package, str(COUNT), PROMPT, other, PROMPT]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = finished(words)
     assert done.returncode == 0, done.stderr
     texts = re.findall(rf"(.*?)\n\[{COUNT} tokens, .*?\]\n", done.stdout, re.DOTALL)
     assert texts[0] == texts[2] == text
@@ -133,9 +145,7 @@ def test_package_without_python(program: Path, byte_package: Path, text: str) ->
 def test_errors_of_the_program(
     words: list[str], says: str, program: Path, byte_package: Path
 ) -> None:
-    done = subprocess.run(
-        [program, byte_package, *words], capture_output=True, text=True, check=False
-    )
+    done = finished([program, byte_package, *words])
     assert done.returncode == 1
     assert says in done.stderr
     assert done.stderr.count("\n") == 1
@@ -143,6 +153,6 @@ def test_errors_of_the_program(
 
 def test_program_names_a_package_that_is_not_there(program: Path, tmp_path: Path) -> None:
     words = [program, tmp_path / "no.pt2", "3", "a"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = finished(words)
     assert done.returncode == 1
     assert done.stderr == f"generate: {tmp_path / 'no.pt2'} is no file.\n"
