@@ -98,6 +98,9 @@ def compile_launch(launch: Launch, arch: str) -> Binary:
             signature[name], constants[index,] = "constexpr", kwargs[name]
             continue
         value = launch.args[index]
+        if _is_one(launch.kernel, name, value):
+            signature[name], constants[index,] = "constexpr", 1
+            continue
         aligned = True
         if isinstance(value, torch.Tensor):
             signature[name] = _TYPES[value.dtype]
@@ -119,6 +122,11 @@ def compile_launch(launch: Launch, arch: str) -> Binary:
         launch.kernel.fn.__name__.removesuffix("_kernel"), arch, options.get("num_warps", 4),
         registers, spill_bytes, compiled.metadata.shared, loop,
     )  # fmt: skip
+
+
+def _is_one(kernel: Any, name: str, value: Any) -> bool:
+    """Whether Triton's launcher writes an argument into the binary, as it does with integers 1."""
+    return type(value) is int and value == 1 and name not in kernel.do_not_specialize
 
 
 def _read_cubin(compiled: Any) -> tuple[int, int, int | None]:
@@ -179,6 +187,10 @@ def unique(launches: Iterable[Launch]) -> list[Launch]:
     """Launches that compile to different binaries."""
     seen: dict[str, Launch] = {}
     for launch in launches:
-        kinds = [x.dtype if isinstance(x, torch.Tensor) else type(x) for x in launch.args]
+        named = zip(launch.kernel.arg_names, launch.args, strict=False)
+        kinds = [
+            x.dtype if isinstance(x, torch.Tensor) else (type(x), _is_one(launch.kernel, name, x))
+            for name, x in named
+        ]
         seen.setdefault(repr((launch.kernel, kinds, launch.kwargs)), launch)
     return list(seen.values())

@@ -25,7 +25,7 @@ from ..reference.attention import Visible
 from .append import append_, store
 from .attend import attend_decode_traced, attend_first
 from .library import CACHE_ARGS, CACHE_MUTATED_ARGS, CACHE_RETURNS, SHARED_ARGS, define
-from .portable import portable_target, step_portable
+from .portable import attention_portable, portable_target, step_portable
 from .validate import (
     check_attention,
     check_for_kernels,
@@ -221,9 +221,14 @@ def _attention_traced(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict 
     """Decompose compiled attention of one query per row; anything else stays one op."""
     q, *rest = args
     cache = TileCache(*rest[:_CACHE_LEN])
-    rotation, sinks, scale, softcap, _, config_line, backend, *more = rest[_CACHE_LEN:]
+    rotation, sinks, scale, softcap, causal, config_line, backend, *more = rest[_CACHE_LEN:]
     window, mask = _window_and_mask(more)
-    offloaded = cache.k_codes.device != q.device
+    offloaded, target = cache.k_codes.device != q.device, portable_target()
+    if target is not None and not offloaded and not kwargs:
+        config = KVarNConfig.from_string(config_line)
+        options = (rotation, sinks, scale, softcap, causal, config, window, mask, target)
+        with mode:
+            return attention_portable(q, cache, *options)
     whole = kwargs or q.shape[2] != 1 or offloaded or keeps_custom_ops()
     if whole or backend != "aten":
         return mode.__torch_dispatch__(op, types, args, kwargs)

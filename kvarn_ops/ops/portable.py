@@ -8,6 +8,7 @@ than fit gives NaN, and its tiles are written no more.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,25 +18,37 @@ import torch
 from torch import Tensor
 
 from ..config import KVarNConfig
-from ..layout import TileCache, capacity
+from ..layout import PackedTiles, TileCache, capacity
 from ..reference.attention import Visible
-from ..reference.encode import encode_keys, encode_values, first_equalizer
 from .attend import attend_decode_traced, attend_traced
-from .dense import tail_positions, tiles_of
-from .formula import materialized
+from .dense import tiles_of
+from .portable_append import append_portable, as_operand
+from .position import checked_start
 from .visible import first_visible, new_visible
 
-__all__ = ["PortableTarget", "append_portable", "portable", "portable_target", "step_portable"]
+__all__ = [
+    "PortableTarget",
+    "append_at_portable",
+    "attention_portable",
+    "portable",
+    "portable_target",
+    "step_portable",
+]
+
+_NOT_PACKED = [name for name in TileCache._fields if name not in PackedTiles._fields]
+
+Branch = Callable[..., "tuple[Tensor]"]
 
 
 class PortableTarget(NamedTuple):
     """What a program without custom ops is traced for.
 
+    Without a limit of new tokens, `append_at_` takes what the shapes of the program allow.
     `fast_decode` adds a branch for one new token in the form that Inductor fuses. `on_step` is
-    called whenever a step has been traced.
+    called whenever the attention of a layer has been traced.
     """
 
-    max_new_tokens: int
+    max_new_tokens: int | None
     fast_decode: bool
     on_step: Callable[[], None] | None = None
 
@@ -45,7 +58,7 @@ _target: ContextVar[PortableTarget | None] = ContextVar("kvarn_portable_target",
 
 @contextmanager
 def portable(
-    max_new_tokens: int, *, fast_decode: bool, on_step: Callable[[], None] | None = None
+    max_new_tokens: int | None, *, fast_decode: bool, on_step: Callable[[], None] | None = None
 ) -> Iterator[None]:
     """Steps traced in this block, by `run_decompositions` say, contain none of our ops."""
     token = _target.set(PortableTarget(max_new_tokens, fast_decode, on_step))
@@ -58,17 +71,6 @@ def portable(
 def portable_target() -> PortableTarget | None:
     """The target of the block `portable` that is open."""
     return _target.get()
-
-
-class _Span(NamedTuple):
-    """Where the new tokens of each row go; all `[B]` int64."""
-
-    start: Tensor  # tokens before
-    count: Tensor  # new ones, padding aside
-
-    @property
-    def stop(self) -> Tensor:
-        return self.start + self.count
 
 
 def step_portable(
@@ -104,12 +106,8 @@ def step_portable(
     cache : TileCache
         New tensors; the old ones are not written.
     """
-    q, k, v = _operand(q), _operand(k), _operand(v)
-    # Fake tensors of torch 2.13 take a buffer of one element for a constant, also if it changes;
-    # a sum with something else is none.
-    cache = cache._replace(
-        seq_lens=cache.seq_lens + torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
-    )
+    q, k, v = as_operand(q), as_operand(k), as_operand(v)
+    cache = _variable(cache)
     operands = [q, k, v, valid, *cache, rotation, sink_logits]
 
     # Conditionals give tuples: Inductor takes a lone tensor for a sequence of results.
@@ -133,160 +131,140 @@ def step_portable(
         options = (rotation, sinks, scale, softcap, config)
         return (attend_traced(q, cache, k, v, visible, *options).contiguous(),)
 
-    present = [x for x in operands if x is not None]
-    if target.fast_decode and valid is None:
-        (out,) = torch.ops.higher_order.cond(q.shape[2] == 1, one, several, tuple(present))
-    else:
-        (out,) = several(*present)
-    after = append_portable(k, v, valid, cache, rotation, config, target.max_new_tokens)
-    full = after.seq_lens > capacity(config, cache.k_codes.shape[2])
+    fast = target.fast_decode and valid is None
+    out = _either(q.shape[2], one if fast else None, several, operands)
+    after = append_portable(k, v, valid, cache, rotation, config, _most(target, k))
     if target.on_step is not None:
         target.on_step()
-    return out.masked_fill(full[:, None, None, None], torch.nan), after
+    return _unless_full(out, after, config), after
 
 
-def append_portable(
+def attention_portable(
+    q: Tensor,
+    cache: TileCache,
+    rotation: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+    causal: bool,
+    config: KVarNConfig,
+    window: int,
+    mask: Tensor | None,
+    target: PortableTarget,
+) -> Tensor:
+    """Attend to what a cache holds, as `kvarn::attention` does; q `[B, H_q, S, D]`.
+
+    The queries are those of the newest tokens; `mask` is `[B or 1, H_q or 1, S or 1, T]`.
+    """
+    q, cache = as_operand(q), _variable(cache)
+    # What an append has just computed; tiles are where they always are.
+    small = {name: as_operand(getattr(cache, name)) for name in _NOT_PACKED}
+    cache = cache._replace(**small)
+    mask = None if mask is None else as_operand(mask)
+    operands = [q, *cache, rotation, sink_logits, mask]
+
+    def one(*given: Tensor) -> tuple[Tensor]:
+        q, *tensors, rotation, sinks, mask = _absent_as_none(operands, given)
+        cache = TileCache(*tensors)
+        nothing = cache.k_tail[:, :, :0]
+        first = cache.seq_lens[:, None] - window if window else None
+        mask = None if mask is None else mask.narrow(2, 0, 1)
+        q = q.narrow(2, 0, 1)
+        out = attend_decode_traced(
+            q, cache, nothing, nothing, rotation, sinks, scale, softcap, config, None, first, mask
+        )
+        return (out.expand(-1, -1, given[0].shape[2], -1).contiguous(),)
+
+    def several(*given: Tensor) -> tuple[Tensor]:
+        q, *tensors, rotation, sinks, mask = _absent_as_none(operands, given)
+        cache = TileCache(*tensors)
+        nothing, queries = cache.k_tail[:, :, :0], q.shape[2]
+        stop = cache.seq_lens[:, None] + torch.arange(1 - queries, 1, device=q.device)
+        none_new = torch.ones(q.shape[0], queries, 0, dtype=torch.bool, device=q.device)
+        visible = Visible(
+            none_new, stop - window if window else None, stop if causal else None, mask
+        )
+        options = (rotation, sinks, scale, softcap, config)
+        return (attend_traced(q, cache, nothing, nothing, visible, *options).contiguous(),)
+
+    out = _either(q.shape[2], one if target.fast_decode else None, several, operands)
+    if target.on_step is not None:
+        target.on_step()
+    return _unless_full(out, cache, config)
+
+
+def append_at_portable(
     k: Tensor,
     v: Tensor,
-    valid: Tensor | None,
+    position: Tensor,
+    high_water: Tensor,
     cache: TileCache,
     rotation: Tensor,
     config: KVarNConfig,
-    max_new_tokens: int,
-) -> TileCache:
-    """The cache with new tokens; arguments as in `step_portable`."""
-    span = _Span(cache.seq_lens, _count(k, valid))
-    if valid is not None:
-        order = _order_of_valid(valid)
-        k, v = _pick(k, order), _pick(v, order)
-    sinks, tiles, device = config.num_sink_tokens, cache.k_codes.shape[2], k.device
+    max_cache_len: int,
+    target: PortableTarget,
+) -> tuple[Tensor, TileCache]:
+    """`high_water` and the cache with new tokens at `position`, as `kvarn::append_at_` has them.
 
-    position = torch.arange(sinks, device=device).expand(k.shape[0], -1)
-    k_sink = _updated(cache.k_sink, k, position, span)
-    v_sink = _updated(cache.v_sink, v, position, span)
-
-    body = tail_positions(span.stop, config)
-    position = torch.where(body < 0, -1, body + sinks)
-    k_tail = _updated(cache.k_tail, k, position, span)
-    v_tail = _updated(cache.v_tail, v, position, span)
-
-    # More tiles than there are cannot be finished; the places below stay distinct.
-    most = min(-(-max_new_tokens // config.group_size), tiles)
-    tile = tiles_of(span.start, config)[:, None] + torch.arange(most, device=device)  # [B, most]
-    finished = (tile < tiles_of(span.stop, config)[:, None]) & (tile < tiles)
-    encoded = _encoded_if_any(k, v, tile, finished, span, cache, rotation, config)
-    place = tile % tiles
-    packed = [
-        _with_tiles(old, new, place, finished)
-        for old, new in zip(cache.packed, encoded[:-2], strict=True)
-    ]
-    return TileCache(*packed, k_sink, v_sink, k_tail, v_tail, *encoded[-2:], span.stop)
-
-
-def _operand(x: Tensor) -> Tensor:
-    """`x` as the operand of a conditional: memory of its own, with the strides that it has.
-
-    Operands may not share memory, as parts of one projection do, and Inductor 2.13 computes them in
-    an order of axes of its choice, while the branches read the strides that were traced.
+    A row that cannot continue there becomes too long, and gives NaN until it starts again at 0.
     """
-    return materialized(x.clone(memory_format=torch.contiguous_format))
+    k, v, cache = as_operand(k), as_operand(v), _variable(cache)
+    start = checked_start(
+        position.flatten()[0], k.shape[2], cache, high_water, max_cache_len, config
+    )
+    high_water = torch.maximum(high_water, cache.seq_lens).masked_fill(start == 0, 0)
+    open_again = (tiles_of(start, config) == 0)[:, None, None]
+    cache = cache._replace(
+        seq_lens=start,
+        k_equalizer=cache.k_equalizer.masked_fill(open_again, 0.0),
+        v_equalizer=cache.v_equalizer.masked_fill(open_again, 0.0),
+    )
+    most = min(_most(target, k), max_cache_len)
+    return high_water, append_portable(k, v, None, cache, rotation, config, most)
+
+
+def _most(target: PortableTarget, k: Tensor) -> int:
+    """New tokens `k` `[B, H, S, D]` of a call: the target's limit, or what the shapes allow."""
+    if target.max_new_tokens is not None:
+        return target.max_new_tokens
+    size: Any = k.shape[2]
+    if isinstance(size, int):
+        return size
+    upper = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return int(upper) if upper.is_finite else sys.maxsize
+
+
+def _variable(cache: TileCache) -> TileCache:
+    """The cache with lengths that nobody takes for a constant.
+
+    Fake tensors of torch 2.13 do so with a buffer of one element, also if it changes; a sum with
+    something else is none.
+    """
+    batch, device = cache.seq_lens.shape[0], cache.seq_lens.device
+    return cache._replace(
+        seq_lens=cache.seq_lens + torch.zeros(batch, dtype=torch.int64, device=device)
+    )
+
+
+def _either(
+    queries: Any, one: Branch | None, several: Branch, operands: list[Tensor | None]
+) -> Tensor:
+    """Attention by `one` where there is one query, if such a branch is wanted."""
+    present = tuple(x for x in operands if x is not None)
+    if one is None:
+        return several(*present)[0]
+    if isinstance(queries, int):  # known when it is traced
+        return (one if queries == 1 else several)(*present)[0]
+    return torch.ops.higher_order.cond(queries == 1, one, several, present)[0]
+
+
+def _unless_full(out: Tensor, cache: TileCache, config: KVarNConfig) -> Tensor:
+    """NaN for rows with more tokens than fit."""
+    full = cache.seq_lens > capacity(config, cache.k_codes.shape[2])
+    return out.masked_fill(full[:, None, None, None], torch.nan)
 
 
 def _absent_as_none(operands: list[Tensor | None], present: tuple[Tensor, ...]) -> list[Any]:
     """`present` in the places of `operands` that are not None."""
     rest = iter(present)
     return [None if x is None else next(rest) for x in operands]
-
-
-def _count(k: Tensor, valid: Tensor | None) -> Tensor:
-    """`[B]` int64: new tokens of each row."""
-    if valid is not None:
-        return valid.sum(-1)
-    return torch.full((k.shape[0],), k.shape[2], dtype=torch.int64, device=k.device)
-
-
-def _order_of_valid(valid: Tensor) -> Tensor:
-    """`[B, S]` int64: the index of the j-th valid token; any index where there are fewer."""
-    before = valid.long().cumsum(-1)  # [B, S]
-    rank = torch.arange(valid.shape[1], device=valid.device)
-    return (before.unsqueeze(1) <= rank[:, None]).sum(-1).clamp_max(valid.shape[1] - 1)
-
-
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens `[B, H, n, D]` of `x` `[B, H, S, D]` at `index` `[B, n]`."""
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-
-def _updated(held: Tensor, new: Tensor, position: Tensor, span: _Span) -> Tensor:
-    """Slots `[B, H, n, D]` that belong to `position` `[B, n]`, with the new tokens in theirs."""
-    rank = position - span.start[:, None]
-    fresh = (rank >= 0) & (rank < span.count[:, None])
-    picked = _pick(new, rank.clamp_min(0).clamp_max(new.shape[2] - 1))
-    return torch.where(fresh[:, None, :, None], picked, held)
-
-
-def _encoded_if_any(
-    k: Tensor,
-    v: Tensor,
-    tile: Tensor,
-    finished: Tensor,
-    span: _Span,
-    cache: TileCache,
-    rotation: Tensor,
-    config: KVarNConfig,
-) -> tuple[Tensor, ...]:
-    """Fields of the tiles `tile` `[B, n]`, and both equalizers; zeros if no tile is finished."""
-    group, sinks, ring = config.group_size, config.num_sink_tokens, cache.k_tail.shape[2]
-    batch, most = tile.shape
-
-    def encode(
-        k: Tensor, v: Tensor, k_tail: Tensor, v_tail: Tensor, k_equalizer: Tensor,
-        v_equalizer: Tensor, tile: Tensor, finished: Tensor, start: Tensor, rotation: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        body = (tile[..., None] * group + torch.arange(group, device=k.device)).flatten(1)
-        rank = body + sinks - start[:, None]  # [B, n * G] among the new tokens
-
-        def tokens(new: Tensor, tail: Tensor) -> Tensor:
-            fresh = _pick(new, rank.clamp_min(0).clamp_max(new.shape[2] - 1))
-            held = _pick(tail, body % ring)
-            chosen = torch.where((rank >= 0)[:, None, :, None], fresh, held)
-            return chosen.unflatten(2, (most, group))
-
-        keys, values = tokens(k, k_tail), tokens(v, v_tail)
-        if config.equalizes:
-            opens = ((tile[:, 0] == 0) & finished[:, 0])[:, None, None]
-            k_equalizer = torch.where(opens, first_equalizer(keys[:, :, 0], config), k_equalizer)
-            v_equalizer = torch.where(opens, first_equalizer(values[:, :, 0], config), v_equalizer)
-        of_k = encode_keys(keys, config, rotation, k_equalizer.unsqueeze(2))
-        of_v = encode_values(values, config, rotation, v_equalizer.unsqueeze(2))
-        return tuple(
-            x.contiguous() for x in (*of_k, *of_v, k_equalizer.clone(), v_equalizer.clone())
-        )
-
-    def nothing(
-        k: Tensor, v: Tensor, k_tail: Tensor, v_tail: Tensor, k_equalizer: Tensor,
-        v_equalizer: Tensor, *rest: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        fields = cache.packed
-        made = [
-            torch.zeros((batch, field.shape[1], most, *field.shape[3:]), dtype=field.dtype,
-                        device=k.device)
-            for field in fields
-        ]  # fmt: skip
-        return (*made, k_equalizer.clone(), v_equalizer.clone())
-
-    operands = (
-        k, v, cache.k_tail, cache.v_tail, cache.k_equalizer, cache.v_equalizer, _operand(tile),
-        _operand(finished), span.start, rotation,
-    )  # fmt: skip
-    return torch.ops.higher_order.cond(finished.any(), encode, nothing, operands)
-
-
-def _with_tiles(old: Tensor, new: Tensor, place: Tensor, finished: Tensor) -> Tensor:
-    """`old` `[B, H, N, ...]` with tiles `new` `[B, H, n, ...]` in their places, if finished."""
-    row = torch.arange(place.shape[0], device=place.device)[:, None]
-    index = [row, None, place]
-    shape = (*place.shape, *[1] * (old.ndim - 2))
-    kept = torch.ops.aten.index.Tensor(old, index)  # [B, n, H, ...]
-    chosen = torch.where(finished.reshape(shape), new.transpose(1, 2), kept)
-    return torch.ops.aten.index_put.default(old, index, chosen)
