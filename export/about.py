@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import torch
+from torch.export import ExportedProgram
 
 from kvarn_ops import __version__
 
@@ -30,11 +31,12 @@ def about(step: StepModel, chunk: int) -> dict[str, str]:
     return named | {"torch.version": str(torch.__version__)}
 
 
-def state(step: StepModel) -> str:
-    """Dtype and shape of each buffer that the steps change, by name, as JSON."""
+def state(program: ExportedProgram) -> str:
+    """Dtype and shape of each buffer that a functional program changes, by name, as JSON."""
+    changed = set(program.graph_signature.buffers_to_mutate.values())
     buffers = {
         name: (str(x.dtype).removeprefix("torch."), list(x.shape))
-        for name, x in step.named_buffers()
-        if name.startswith("past_")
+        for name, x in program.named_buffers()
+        if name in changed
     }
     return json.dumps(buffers)

@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 
-from kvarn_ops.errors import BackendError
+from kvarn_ops.errors import BackendError, InputError, UnsupportedModelError
+from kvarn_ops.lowering.graph import count_ops
 from kvarn_ops.ops.portable import portable
 from kvarn_ops.versions import release
 
@@ -28,14 +30,14 @@ _TRACES = 2  # how often torch traces the step of a layer, for the progress bar
 
 
 def aot_compile(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     path: str | os.PathLike[str],
     *,
-    max_cache_len: int,
+    max_cache_len: int | None = None,
     batch_size: int = 1,
     chunk: int | None = None,
 ) -> Path:
-    """Compile prefill and decode of a patched model into one `.pt2` package.
+    """Compile a patched model, or a program with a packed cache, into one `.pt2` package.
 
     A process loads it with `torch._inductor.aoti_load_package(path)`, or from C++ with
     `torch::inductor::AOTIModelPackageLoader`, without this package: it holds no custom op. It is
@@ -46,12 +48,14 @@ def aot_compile(
 
     Parameters
     ----------
-    model : nn.Module
-        A patched Hugging Face model in eval mode, on a CPU.
+    model : nn.Module or ExportedProgram
+        A patched Hugging Face model in eval mode, on a CPU; or a program that `rewrite_kv_cache` or
+        `export_program` returned, which keeps its inputs and outputs.
     path : path
         Where to write, ending in `.pt2`. Nothing is left there if the compilation fails.
-    max_cache_len : int
-        Most tokens of a sequence. A call beyond gives NaN.
+    max_cache_len : int, optional
+        Most tokens of a sequence, for a model; a call beyond gives NaN. This and the following
+        sizes are part of a program already.
     batch_size : int
         Rows.
     chunk : int, optional
@@ -65,27 +69,36 @@ def aot_compile(
     Raises
     ------
     UnsupportedModelError
-        If the model is not patched, or not all of its layers are packed.
+        If the model is not patched, not all of its layers are packed, or a program has no packed
+        cache.
     InputError
-        If a size is out of range, the path does not end in `.pt2`, or its folder does not exist.
+        If a size is missing or out of range, the path does not end in `.pt2`, or its folder does
+        not exist.
     BackendError
         If the model is not on a CPU, or torch is older than 2.13.
     """
-    _check_platform(model)
-    target = check_place(path, ".pt2")
-    most = min(512, max_cache_len) if chunk is None else chunk
-    step = StepModel(model, max_cache_len, batch_size)
-    # A new dict each time: Inductor adds what the machine has to it.
-    own = {"kvarn_ops.batch_size": str(batch_size), "kvarn_ops.state": state(step)}
-    settings = _SETTINGS | {"aot_inductor.metadata": about(step, most) | own}
-    program = export_step(step, most)
-    layers = len(step.cache.layers)
+    if isinstance(model, ExportedProgram):
+        _check_no_sizes(max_cache_len, batch_size, chunk)
+        _check_platform(_tensor_of(model))
+        target = check_place(path, ".pt2")
+        program, limit, says = model, None, {}
+    else:
+        if max_cache_len is None:
+            raise InputError("max_cache_len is missing: give the most tokens of a sequence.")
+        _check_platform(next(model.parameters()))
+        target = check_place(path, ".pt2")
+        limit = min(512, max_cache_len) if chunk is None else chunk
+        step = StepModel(model, max_cache_len, batch_size)
+        program = export_step(step, limit)
+        says = about(step, limit) | {"kvarn_ops.batch_size": str(batch_size)}
     with (
-        stage("Writing out the ops", _TRACES * layers) as advance,
-        portable(most, fast_decode=True, on_step=advance),
+        stage("Writing out the ops", _TRACES * _attentions(program)) as advance,
+        portable(limit, fast_decode=True, on_step=advance),
         torch.no_grad(),
     ):
         program = program.run_decompositions({})
+    # A new dict each time: Inductor adds what the machine has to it.
+    settings = _SETTINGS | {"aot_inductor.metadata": says | {"kvarn_ops.state": state(program)}}
     with stage("Compiling"), written(target) as place:
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(place), inductor_configs=settings
@@ -93,14 +106,42 @@ def aot_compile(
     return target
 
 
-def _check_platform(model: nn.Module) -> None:
+def _check_no_sizes(*sizes: int | None) -> None:
+    if sizes != (None, 1, None):
+        raise InputError(
+            "an exported program has its sizes already: leave out max_cache_len, batch_size and "
+            "chunk, or give them where the program is exported."
+        )
+
+
+def _attentions(program: ExportedProgram) -> int:
+    """Layers with a packed cache."""
+    found = count_ops(program.graph)
+    number = found["kvarn::step_"] + found["kvarn::attention"]
+    if not number:
+        raise UnsupportedModelError(
+            "this program has no packed cache: give a patched model, or what rewrite_kv_cache or "
+            "export_program returned."
+        )
+    return number
+
+
+def _tensor_of(program: ExportedProgram) -> Tensor:
+    return next(
+        x
+        for x in [*program.state_dict.values(), *program.constants.values()]
+        if isinstance(x, Tensor)
+    )
+
+
+def _check_platform(weight: Tensor) -> None:
     """What is known to give wrong or slow programs."""
     if release(torch.__version__) < _OLDEST_TORCH:
         raise BackendError(
             f"AOTInductor of torch {torch.__version__} compiles this program wrongly: use torch "
             "2.13 or newer, or export_program, which works with older releases."
         )
-    device = next(model.parameters()).device
+    device = weight.device
     if device.type != "cpu":
         raise BackendError(
             f"the model is on {device}, and packages are made for CPUs only so far: move it with "

@@ -149,7 +149,7 @@ def test_repeated_crops_are_exact_until_they_raise() -> None:
 
 def test_the_check_without_a_wait_refuses_what_the_check_with_an_error_refuses() -> None:
     """On a GPU a position is checked on the device, by other code."""
-    from kvarn_ops.ops.append_at import _check_start, _checked_on_device
+    from kvarn_ops.ops.position import check_start, checked_start
 
     for config in (SMALL, KVarNConfig(group_size=32, num_sink_tokens=0, tail_tokens=40)):
         cache = make(config)
@@ -160,11 +160,11 @@ def test_the_check_without_a_wait_refuses_what_the_check_with_an_error_refuses()
                 for start in range(-1, T + 1, 3):
                     state = (cache.high_water, T, config)
                     try:
-                        _check_start(start, 1, cache.seq_lens, *state)
+                        check_start(start, 1, cache.seq_lens, *state)
                         wanted = start
                     except CacheError:
                         wanted = None
-                    got = _checked_on_device(torch.tensor(start), 1, cache.tiles, *state)
+                    got = checked_start(torch.tensor(start), 1, cache.tiles, *state)
                     case = f"{config.to_string()} length {length} high {high} start {start}"
                     if wanted is None:
                         limit = config.num_sink_tokens + config.tail_tokens
