@@ -61,6 +61,7 @@ class Device(NamedTuple):
     ptx: bool  # NVIDIA, compiled: inline PTX and TF32 are available
     wavefront: int  # threads that run in lockstep
     interpreted: bool
+    tensor_memory: bool = False  # of compute capability 10: products keep their operands there
 
 
 _assumed: list[Device] = []
@@ -89,7 +90,11 @@ def _describe(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     ptx = torch.version.hip is None and not interpreted
     wavefront = getattr(properties, "warp_size", 32)
-    return Device(properties.name, properties.multi_processor_count, ptx, wavefront, interpreted)
+    tensor_memory = ptx and properties.major == 10
+    return Device(
+        properties.name, properties.multi_processor_count, ptx, wavefront, interpreted,
+        tensor_memory,
+    )  # fmt: skip
 
 
 def tuning_dir() -> Path:
@@ -157,11 +162,14 @@ def attend_shape(
         warps = 4 if head_dim > 128 else 2
     if group_size == 32 and rows_together == 32 and head_dim > 128:
         warps = 4
-    warps = settings.get("warps", min(warps, 4 if described.wavefront == 64 else 8))
+    most = 4 if described.wavefront == 64 else 8
+    if described.tensor_memory and head_dim > 256:
+        warps = most = 16  # fewer do not compile with Triton 3.7
+    warps = settings.get("warps", min(warps, most))
     # At head_dim 80, 32 tokens spill on sm_100.
     block_tokens = settings.get("block_tokens", 32 if 96 < head_dim <= 256 else 16)
     # One wave of programs: more would only write more partial results.
-    slots = described.multiprocessors * settings.get("programs_per_sm", 12 // warps)
+    slots = described.multiprocessors * settings.get("programs_per_sm", max(1, 12 // warps))
     share = max(1, slots // (programs * triton.cdiv(rows, rows_together)))
     blocks = triton.cdiv(dense_tokens, block_tokens)
     dense_slots = max(1, min(blocks, share))

@@ -283,9 +283,11 @@ def compiled_step(
     rotation = torch.empty(head_dim, head_dim, device="meta")
     recorder = static.Recorder()
     target = static.target_of(arch)
+    nvidia = target.backend == "cuda"
     assumed = heuristics.Device(
-        arch, 132, target.backend == "cuda", target.warp_size, interpreted=False
-    )
+        arch, 132, nvidia, target.warp_size, interpreted=False,
+        tensor_memory=nvidia and target.arch // 10 == 10,
+    )  # fmt: skip
     with heuristics.assumed(assumed):
         kernels, scale = _kernels(), head_dim**-0.5
         if mask[0]:

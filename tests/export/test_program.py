@@ -12,7 +12,7 @@ from fresh_process import run_python
 from kvarn_ops.export import export_program
 from tiny_models import patched, random_ids, run, small_cache, teacher_forced, tiny_model
 
-FAMILIES = ["llama", "qwen2", "phi3"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2"]
 LENGTH, PREFILL = 300, 40
 
 STEPS = """
