@@ -286,7 +286,7 @@ def compiled_step(
     nvidia = target.backend == "cuda"
     assumed = heuristics.Device(
         arch, 132, nvidia, target.warp_size, interpreted=False,
-        tensor_memory=nvidia and target.arch // 10 == 10,
+        tensor_memory=nvidia and int(target.arch) // 10 == 10,
     )  # fmt: skip
     with heuristics.assumed(assumed):
         kernels, scale = _kernels(), head_dim**-0.5
