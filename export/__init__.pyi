@@ -1,3 +1,4 @@
 from kvarn_ops.export.aoti import aot_compile as aot_compile
 from kvarn_ops.export.onnx_model import to_onnx as to_onnx
 from kvarn_ops.export.program import export_program as export_program
+from kvarn_ops.export.tensorrt import to_tensorrt as to_tensorrt

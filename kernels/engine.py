@@ -28,6 +28,7 @@ __all__ = [
     "attend_slots",
     "constants",
     "grid",
+    "launch_shape",
     "problem_of",
     "shape_for",
 ]
@@ -82,6 +83,7 @@ class EngineProblem(NamedTuple):
     lag: int  # tail_tokens
     scale: float
     softcap: float
+    ratio: int  # query heads per head
     dense_slots: int
     splits: int
 
@@ -102,9 +104,17 @@ def shape_for(
     )  # fmt: skip
 
 
+def launch_shape(device: torch.device, problem: EngineProblem) -> AttendShape:
+    """`shape_for` a problem that has its slots: the numbers of slots of the result mean nothing."""
+    return shape_for(
+        device, 1, problem.heads, problem.ratio, 1, 1, problem.head_dim, problem.group_size,
+        problem.key_bits, problem.value_bits,
+    )  # fmt: skip
+
+
 def problem_of(
-    shapes: Sequence[Sequence[int]], scale: float, softcap: float, lag: int, dense_slots: int,
-    splits: int,
+    shapes: Sequence[Sequence[int]], scale: float, softcap: float, lag: int, ratio: int,
+    dense_slots: int, splits: int,
 ) -> EngineProblem:  # fmt: skip
     """From the shapes of `INPUTS`; those of batch and new tokens are not read."""
     sizes = dict(zip(INPUTS, shapes, strict=True))
@@ -120,6 +130,7 @@ def problem_of(
         lag=lag,
         scale=scale,
         softcap=softcap,
+        ratio=ratio,
         dense_slots=dense_slots,
         splits=splits,
     )
@@ -156,11 +167,7 @@ def attend_slots(
     q, k_codes, k_new = named["q"], named["k_codes"], named["k_new"]
     batch, heads, rows, head_dim = q.shape
     capacity, queries, device = k_codes.shape[2], k_new.shape[2], q.device
-    shape = shape_for(
-        device, batch, heads, rows // max(1, queries), capacity,
-        problem.sinks + problem.ring + queries, head_dim, problem.group_size, problem.key_bits,
-        problem.value_bits,
-    )  # fmt: skip
+    shape = launch_shape(device, problem)
 
     def empty(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=device)

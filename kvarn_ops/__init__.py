@@ -61,6 +61,7 @@ _LAZY: dict[str, dict[str, str]] = {
         "aot_compile": "aoti",
         "export_program": "program",
         "to_onnx": "onnx_model",
+        "to_tensorrt": "tensorrt",
     },
 }
 

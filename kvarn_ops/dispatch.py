@@ -218,6 +218,7 @@ def attend_slots(
     scale: float,
     softcap: float,
     tail_tokens: int,
+    ratio: int,
     dense_slots: int,
     splits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,7 +226,7 @@ def attend_slots(
     from .kernels import engine
 
     shapes = [tuple(x.shape) for x in inputs]
-    problem = engine.problem_of(shapes, scale, softcap, tail_tokens, dense_slots, splits)
+    problem = engine.problem_of(shapes, scale, softcap, tail_tokens, ratio, dense_slots, splits)
     with _on(inputs[0].device):
         return engine.attend_slots(tuple(x.contiguous() for x in inputs), problem)
 

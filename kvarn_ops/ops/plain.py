@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import KVarNConfig
@@ -74,27 +75,25 @@ def prepared(
     unit = torch.sqrt((x * x).sum(-1))
     unit = torch.where(unit > 0, unit, 1.0)
     if config.rotate_keys:
-        x = x @ rotation
+        x = F.linear(x, rotation.mT)  # `@` asks for strides, unknown for a symbolic size
     return x / unit.unsqueeze(-1), unit
 
 
 def dense_slot(
-    rows: Tensor, cache: TileCache, k_new: Tensor, v_new: Tensor, rank: Tensor, lag: int,
-    scale: float, softcap: float,
+    rows: Tensor, ratio: int, cache: TileCache, k_new: Tensor, v_new: Tensor, rank: Tensor,
+    lag: int, scale: float, softcap: float,
 ) -> Slot:  # fmt: skip
     """Sinks, tail and new tokens.
 
     Parameters
     ----------
     rows : Tensor
-        `[B, H, rows, D]` queries.
+        `[B, H, rows, D]` queries, `ratio` heads of S each.
     k_new, v_new : Tensor
         `[B, H, S, D]` tokens that the cache does not hold; each query sees those up to its own.
     rank : Tensor
         `[S]` fp32, 0 to S - 1.
     """
-    _, heads, count, _ = rows.shape
-    queries = k_new.shape[2]
     keys = torch.cat([cache.k_sink, cache.k_tail], dim=2).float()
     values = torch.cat([cache.v_sink, cache.v_tail], dim=2).float()
     held = _held(cache, lag)  # [B, sinks + ring]
@@ -102,9 +101,8 @@ def dense_slot(
     stored = _softcapped(x @ keys.mT, softcap)
     stored = torch.where(held[:, None, None, :], stored, _HIDDEN)
     fresh = _softcapped(x @ k_new.float().mT, softcap)
-    earlier = rank[None, :] <= rank[:, None]  # [S, S]
-    fresh = fresh.reshape(rows.shape[0], heads, count // queries, queries, queries)
-    fresh = torch.where(earlier, fresh, _HIDDEN).reshape(rows.shape[0], heads, count, queries)
+    earlier = torch.cat([rank[None, :] <= rank[:, None]] * ratio)  # [rows, S]
+    fresh = torch.where(earlier, fresh, _HIDDEN)
     # Every query sees its own token: the peak is a real score.
     peak = torch.maximum(stored.amax(-1, keepdim=True), fresh.amax(-1, keepdim=True))
     stored, fresh = torch.exp(stored - peak), torch.exp(fresh - peak)
@@ -201,7 +199,7 @@ def combined(
     dense = counted.narrow(2, 0, dense_slots).sum(2)
     packed = counted.narrow(2, dense_slots, packed_slots).sum(2)
     if config.rotate_values:
-        packed = packed @ rotation.mT
+        packed = F.linear(packed, rotation)
     if config.equalizes:
         packed = packed * torch.exp(v_equalizer.float() * _LN2).unsqueeze(2)
     return (dense + packed) / total.unsqueeze(-1)

@@ -7,6 +7,7 @@ or uint8 and the lengths as int32 or int64.
 `step_attention` is the attention of `step_` without a mask. `attend_slots` is the part of it that
 one kernel does: partial softmaxes of dense tokens and of quantized tiles (`plain` says what they
 are) in `dense_slots + splits` slots. How tokens are dealt to slots is up to the implementation.
+There are `ratio` query heads per KV head.
 """
 
 from __future__ import annotations
@@ -82,18 +83,18 @@ step_attention = define(
 def _attend_slots_kernel(
     q: Tensor, rotated: Tensor, unit: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, scale, softcap, lag, dense_slots, splits = rest
+    *tensors, scale, softcap, lag, ratio, dense_slots, splits = rest
     *fields, k_new, v_new, lengths = tensors
     if min(dense_slots, splits) < 1:
         raise InputError(f"{dense_slots} and {splits} slots: give at least one of each kind.")
     if q.device.type == "cuda":
         return dispatch.attend_slots(
-            (q, rotated, unit, *tensors), scale, softcap, lag, dense_slots, splits
+            (q, rotated, unit, *tensors), scale, softcap, lag, ratio, dense_slots, splits
         )
     # Equalizers are applied outside.
     cache = TileCache(*fields, unit, unit, lengths)
     rank = torch.arange(k_new.shape[2], dtype=torch.float32)
-    dense = dense_slot(q, cache, k_new, v_new, rank, lag, scale, softcap)
+    dense = dense_slot(q, ratio, cache, k_new, v_new, rank, lag, scale, softcap)
     tiles = PackedTiles(*fields[: len(PackedTiles._fields)])
     packed = tile_slot(rotated, unit, tiles, lengths, cache.k_sink.shape[2], lag, scale, softcap)
     made = _attend_slots_fake(q, rotated, unit, *rest)
@@ -119,7 +120,8 @@ _SLOT_FIELDS = ", ".join(f"Tensor {name}" for name in TileCache._fields[:-3])
 attend_slots = define(
     "attend_slots",
     f"(Tensor q, Tensor rotated, Tensor unit, {_SLOT_FIELDS}, Tensor k_new, Tensor v_new, "
-    "Tensor lengths, float scale, float softcap, int tail_tokens, int dense_slots, int splits) "
+    "Tensor lengths, float scale, float softcap, int tail_tokens, int ratio, int dense_slots, "
+    "int splits) "
     "-> (Tensor, Tensor, Tensor)",
     _attend_slots_kernel,
     _attend_slots_fake,

@@ -143,7 +143,7 @@ def _samples(
             rotated, unit = prepared(rows, cache.k_equalizer, rotation, config)
             cache = as_engines_take(cache)
             tensors = (rows, rotated.half(), unit, *cache[:-3], k, v, cache.seq_lens)
-            yield (*tensors, scale, softcap, config.tail_tokens, 2, 3), {}
+            yield (*tensors, scale, softcap, config.tail_tokens, 2, 2, 3), {}
         elif op_name == "step_attention":
             cache = as_engines_take(cache)
             yield (q, k, v, *cache, rotation, sink_logits, scale, softcap, line, "aten"), {}

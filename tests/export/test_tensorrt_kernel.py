@@ -96,8 +96,8 @@ def slots_of(problem: Problem, dense_slots: int, splits: int) -> tuple[Any, ...]
     rows = problem.q.reshape(batch, heads, -1, head_dim)
     rotated, unit = prepared(rows, cache.k_equalizer, problem.rotation, problem.config)
     tensors = (rows, rotated.half(), unit, *cache[:-3], problem.k, problem.v, cache.seq_lens)
-    lag = problem.config.tail_tokens
-    return (*tensors, head_dim**-0.5, problem.softcap, lag, dense_slots, splits)
+    lag, ratio = problem.config.tail_tokens, problem.q.shape[1] // heads
+    return (*tensors, head_dim**-0.5, problem.softcap, lag, ratio, dense_slots, splits)
 
 
 def merged(problem: Problem, slots: tuple[Tensor, ...], dense_slots: int) -> Tensor:

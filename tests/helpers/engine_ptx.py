@@ -51,7 +51,7 @@ def described(case: dict[str, Any]) -> dict[str, Any]:
         )  # fmt: skip
     problem = EngineProblem(
         heads, head_dim, group, key_bits, value_bits, sinks, ring, lag, head_dim**-0.5,
-        case.get("softcap", 0.0), shape.dense_slots, shape.splits,
+        case.get("softcap", 0.0), ratio, shape.dense_slots, shape.splits,
     )  # fmt: skip
     made = compile_engine_ptx(problem, shape, getattr(torch, case["dtype"]), arch)
     entry = re.search(r"\.visible\s+\.entry\s+(\S+?)\((.*?)\)", made.text, re.S)
