@@ -58,10 +58,9 @@ class EngineProgram(nn.Module):
     def __init__(self, step: StepModel, chunk: int, mode: str) -> None:
         super().__init__()
         self.model, self.mode = step.model, mode
-        self.config = step.kvarn_config
         self.takes_positions = takes_positions(step.model)
         self._cache, self._layers = step.cache, list(step.cache.layers)
-        if self.config.num_sink_tokens == 0:
+        if step.kvarn_config.num_sink_tokens == 0:
             raise UnsupportedModelError(
                 "num_sink_tokens=0 makes tensors without elements, which engines are not given: "
                 "patch with num_sink_tokens=1 or more."
@@ -90,7 +89,10 @@ class EngineProgram(nn.Module):
         if self.takes_positions:
             kwargs["position_ids"] = (lengths[:, None] + rank).long()
         new: list[Tensor] = []
-        attends = [partial(self._attend, own, rank, new) for own in tiles]
+        attends = [
+            partial(self._attend, layer, own, rank, new)
+            for layer, own in zip(self._layers, tiles, strict=True)
+        ]
         with holding(self._layers, tiles, self.rotation, lengths, attends):
             logits = self.model(
                 input_ids=input_ids, past_key_values=self._cache, use_cache=True, **kwargs
@@ -98,31 +100,32 @@ class EngineProgram(nn.Module):
         return logits, *new
 
     def _attend(
-        self, tiles: TileCache, rank: Tensor, new: list[Tensor], query: Tensor, key: Tensor,
-        value: Tensor, valid: Tensor | None, sink_logits: Tensor | None, scale: float,
+        self, layer: Any, tiles: TileCache, rank: Tensor, new: list[Tensor], query: Tensor,
+        key: Tensor, value: Tensor, valid: Tensor | None, sink_logits: Tensor | None, scale: float,
         softcap: float,
     ) -> Tensor:  # fmt: skip
         """In place of `KVarNLayer.attend`: reads `tiles`, and keeps the new keys and values."""
         assert valid is None, "no mask was given"
+        config = layer.config  # its own: values of a layer may arrive rotated
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         new += [key, value]
         if self.mode == "fallback":
             return torch.ops.kvarn.step_attention(
                 query, key, value, *tiles, self.rotation, sink_logits, scale, softcap,
-                self.config.to_string(), self._layers[0].backend,
+                layer.config_line, layer.backend,
             )  # fmt: skip
         if scale <= 0:
             raise UnsupportedModelError(f"scale={scale}: this mode needs a positive one.")
         batch, heads, _, head_dim = tiles.k_tail.shape
         ratio = query.shape[1] // heads
         rows = query.reshape(batch, heads, ratio * query.shape[2], head_dim)
-        rotated, unit = prepared(rows, tiles.k_equalizer, self.rotation, self.config)
+        rotated, unit = prepared(rows, tiles.k_equalizer, self.rotation, config)
         if sink_logits is not None:
             sink_logits = sink_logits.float().view(1, heads, ratio, 1)
             sink_logits = sink_logits.expand(-1, -1, -1, query.shape[2]).reshape(1, heads, -1)
-        lag, dense_slots = self.config.tail_tokens, 1
+        lag, dense_slots = config.tail_tokens, 1
         if self.mode == "plugin":
-            dense_slots, splits = dispatch.engine_slots(tiles, ratio, self.config)
+            dense_slots, splits = dispatch.engine_slots(tiles, ratio, config)
             slots = torch.ops.kvarn.attend_slots(
                 rows, rotated.half(), unit, *tiles[:-3], key, value, tiles.seq_lens, scale, softcap,
                 lag, ratio, dense_slots, splits,
@@ -130,13 +133,13 @@ class EngineProgram(nn.Module):
         else:
             dense = dense_slot(rows, ratio, tiles, key, value, rank.float(), lag, scale, softcap)
             packed = PackedTiles(*tiles[: len(PackedTiles._fields)])
-            sinks = self.config.num_sink_tokens
+            sinks = config.num_sink_tokens
             stored = tile_slot(rotated, unit, packed, tiles.seq_lens, sinks, lag, scale, softcap)
             slots = [torch.cat(pair, dim=2) for pair in zip(dense, stored, strict=True)]
         part, peak, weight = slots
         out = combined(
             part, peak, weight, dense_slots, self.rotation, tiles.v_equalizer, sink_logits,
-            self.config,
+            config,
         )  # fmt: skip
         # In steps: torch does not find the strides of a direct reshape for a symbolic size.
         out = out.unflatten(2, (ratio, query.shape[2])).flatten(1, 2)

@@ -19,7 +19,7 @@ from kvarn_ops.export.step_model import StepModel
 from kvarn_ops.export.tensorrt import partition_of
 from kvarn_ops.layout import TileCache, pack_codes, row_bytes, unpack_codes
 from kvarn_ops.ops.plain import unpacked
-from tiny_models import patched, random_ids, run, small_cache
+from tiny_models import patched, random_ids, run, small_cache, tiny_model
 
 pytestmark = pytest.mark.export
 
@@ -160,6 +160,20 @@ def test_other_models_and_configs(mode: str, family: str, preset: str, options: 
     cache = small_cache(model, ROOM, preset, **own)
     ids = random_ids(1, 130)
     for part in ids.split([100] + [1] * 30, 1):
+        torch.testing.assert_close(step(part), run(model, part, cache), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_whose_values_arrive_rotated(mode: str) -> None:
+    model = tiny_model(num_hidden_layers=1)
+    kvarn_ops.patch(model, "k4v2_g32", num_sink_tokens=8, fold_rotation=True)
+    step_model = StepModel(model, ROOM)
+    layer = step_model.cache.layers[0]
+    assert step_model.kvarn_config.rotate_values
+    assert not layer.config.rotate_values
+    step = EngineStep(step_model, export_engine_program(step_model, 1, mode).module(), 1)
+    cache = small_cache(model, ROOM, "k4v2_g32")
+    for part in random_ids(1, 90).split([80] + [1] * 10, 1):
         torch.testing.assert_close(step(part), run(model, part, cache), rtol=1e-2, atol=1e-2)
 
 
