@@ -145,7 +145,7 @@ def _compiled(
 
 
 class Partition(NamedTuple):
-    """What became of a program: engines, and operators outside of them."""
+    """What became of a program: engines, and operators on tensors outside of them."""
 
     engines: list[str]
     outside: list[str]
@@ -164,9 +164,14 @@ def partition_of(compiled: Any) -> Partition:
         outside += [
             str(node.target)
             for node in graph.graph.nodes
-            if node.op == "call_function" and "getitem" not in str(node.target)
+            if node.op == "call_function" and not _is_of_sizes(node.target)
         ]
     return Partition(engines, outside)
+
+
+def _is_of_sizes(target: Any) -> bool:
+    """Whether a call picks one of several results, or computes a size, as Python may do."""
+    return target is torch.ops.aten.sym_size.int or getattr(target, "__module__", "") == "_operator"
 
 
 def _check_partition(partition: Partition, mode: str, layers: int) -> None:

@@ -5,6 +5,7 @@ The step loop below runs the very program that the compiler would get. No engine
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import kvarn_ops
 from kvarn_ops.export.engine_program import MODES, check_pure, export_engine_program
 from kvarn_ops.export.engine_step import EngineStep
 from kvarn_ops.export.step_model import StepModel
-from kvarn_ops.export.tensorrt import partition_of
+from kvarn_ops.export.tensorrt import Partition, _check_partition, partition_of
 from kvarn_ops.layout import TileCache, pack_codes, row_bytes, unpack_codes
 from kvarn_ops.ops.plain import unpacked
 from tiny_models import patched, random_ids, run, small_cache, tiny_model
@@ -256,6 +257,8 @@ def test_partition_is_read_from_the_names_of_the_parts() -> None:
 
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
+    size = graph.call_function(torch.ops.aten.sym_size.int, (x, 0))
+    graph.call_function(operator.mul, (size, 2))
     for name in ("_run_on_acc_0", "_run_on_gpu_1"):
         x = graph.call_module(name, (x,))
     graph.output(x)
@@ -263,3 +266,9 @@ def test_partition_is_read_from_the_names_of_the_parts() -> None:
     root = {"_run_on_acc_0": Inside(), "_run_on_gpu_1": outside}
     found = partition_of(torch.fx.GraphModule(root, graph))
     assert found == (["_run_on_acc_0"], ["aten.sin.default"])
+    with pytest.raises(kvarn_ops.BackendError, match=r"left aten\.sin\.default outside"):
+        _check_partition(found, "plugin", LAYERS)
+    with pytest.raises(kvarn_ops.BackendError, match="0 of 2 layers"):
+        _check_partition(found, "fallback", LAYERS)
+    _check_partition(Partition(["_run_on_acc_0"], []), "decompose", LAYERS)
+    _check_partition(Partition([], [OP["fallback"]] * LAYERS), "fallback", LAYERS)
