@@ -20,11 +20,13 @@ from kvarn_ops.export.step_model import StepModel
 from kvarn_ops.export.tensorrt import Partition, _check_partition, partition_of
 from kvarn_ops.layout import TileCache, pack_codes, row_bytes, unpack_codes
 from kvarn_ops.ops.plain import unpacked
+from kvarn_ops.versions import release
 from tiny_models import patched, random_ids, run, small_cache, tiny_model
 
 pytestmark = pytest.mark.export
 
 ROOM, LAYERS = 200, 2
+OLD = release(torch.__version__) < (2, 13)
 OP = {"fallback": "kvarn.step_attention.default", "plugin": "kvarn.attend_slots.default"}
 
 # A snapshot of 2026-11-22: of the operators that the converters of torch_tensorrt 2.13.0 are
@@ -47,6 +49,8 @@ PYTHON = {"<built-in function getitem>", "<built-in function mul>"}
 
 def exported(mode: str, chunk: int, preset: str = "k4v2_g32", rows: int = 2, **fields: Any) -> Any:
     """A patched model, its step model and the exported program."""
+    if OLD and chunk > 1 and mode != "fallback":
+        pytest.skip("torch before 2.13, which to_tensorrt refuses, compares strides it cannot know")
     model = patched(fields.pop("family", "llama"), preset, **fields)
     step = StepModel(model, ROOM, rows)
     return model, step, export_engine_program(step, chunk, mode)
