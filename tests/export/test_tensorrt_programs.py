@@ -44,6 +44,7 @@ CONVERTIBLE = {
 }  # fmt: skip
 # Removed or written out by its own lowering passes.
 LOWERED = {"_assert_tensor_metadata.default", "alias.default"}
+CASTS = {torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int32, torch.int64}
 PYTHON = {"<built-in function getitem>", "<built-in function mul>"}
 
 
@@ -56,7 +57,7 @@ def exported(mode: str, chunk: int, preset: str = "k4v2_g32", rows: int = 2, **f
     return model, step, export_engine_program(step, chunk, mode)
 
 
-def operators(program: ExportedProgram) -> list[str]:
+def operators(program: ExportedProgram) -> list[torch.fx.Node]:
     """After decompositions, what no result depends on left out."""
     decomposed = program.run_decompositions()
     graph = decomposed.graph_module.graph
@@ -65,7 +66,7 @@ def operators(program: ExportedProgram) -> list[str]:
     ):
         graph.erase_node(node)
     graph.eliminate_dead_code()
-    return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    return [node for node in graph.nodes if node.op == "call_function"]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -81,11 +82,15 @@ def test_unpacking_by_floor_is_exact_for_every_byte(bits: int, dtype: torch.dtyp
     assert torch.equal(pack_codes(found.to(torch.uint8), bits), packed)
 
 
-def test_decomposed_model_uses_operators_that_have_converters() -> None:
-    _, _, program = exported("decompose", 4, "k3v4_g32", num_hidden_layers=1)
-    used = {name.removeprefix("aten.") for name in operators(program)}
+@pytest.mark.parametrize("mode", ["plugin", "decompose"])
+def test_what_belongs_into_the_engine_has_converters(mode: str) -> None:
+    _, _, program = exported(mode, 4, "k3v4_g32", num_hidden_layers=1)
+    nodes = operators(program)
+    used = {str(node.target).removeprefix("aten.") for node in nodes} - {OP.get(mode, "")}
     assert used <= CONVERTIBLE | LOWERED | PYTHON, used - CONVERTIBLE
-    assert "floor.default" in used
+    assert ("floor.default" in used) == (mode == "decompose")
+    casts = {node.kwargs["dtype"] for node in nodes if "_to_copy" in str(node.target)}
+    assert casts <= CASTS
 
 
 @pytest.mark.parametrize("mode", MODES)
