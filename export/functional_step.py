@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +10,7 @@ from torch import Tensor, nn
 from kvarn_ops.errors import UnsupportedModelError
 from kvarn_ops.layout import TileCache
 
-from .step_model import StepModel
+from .step_model import StepModel, holding, takes_positions
 
 __all__ = ["FunctionalStep"]
 
@@ -44,7 +41,7 @@ class FunctionalStep(nn.Module):
         super().__init__()
         self.model = step.model
         self.chunk, self.masked = chunk, masked
-        self.takes_positions = "position_ids" in inspect.signature(step.model.forward).parameters
+        self.takes_positions = takes_positions(step.model)
         if masked and not self.takes_positions:
             raise UnsupportedModelError(
                 f"{type(step.model).__name__} takes no position_ids, so that padding would shift "
@@ -100,21 +97,8 @@ class FunctionalStep(nn.Module):
             kwargs["attention_mask"] = valid[:, None, None, :]
         if self.takes_positions:
             kwargs["position_ids"] = lengths[:, None] + rank
-        with self._holding(present, lengths):
+        with holding(self._layers, present, self.rotation, lengths):
             logits = self.model(
                 input_ids=input_ids, past_key_values=self._cache, use_cache=True, **kwargs
             ).logits
         return logits, [tiles._asdict() for tiles in present]
-
-    @contextmanager
-    def _holding(self, tiles: list[TileCache], lengths: Tensor) -> Iterator[None]:
-        """Let the cache object hold these tensors for one call."""
-        held = [(x.tiles, x.rotation, x.cumulative_length) for x in self._layers]
-        try:
-            for layer, own in zip(self._layers, tiles, strict=True):
-                layer.tiles, layer.rotation = own, self.rotation
-                layer.cumulative_length = lengths.max()
-            yield
-        finally:
-            for layer, (own, rotation, length) in zip(self._layers, held, strict=True):
-                layer.tiles, layer.rotation, layer.cumulative_length = own, rotation, length

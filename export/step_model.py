@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvarn_ops.errors import InputError, UnsupportedModelError
+from kvarn_ops.layout import TileCache
 
-__all__ = ["StepModel"]
+__all__ = ["StepModel", "holding", "takes_positions"]
 
 
 class StepModel(nn.Module):
@@ -89,3 +93,31 @@ class StepModel(nn.Module):
     def reset(self) -> None:
         """Start a new sequence."""
         self.cache.reset()
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the model's forward takes `position_ids`; others count from the cache's length."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+@contextmanager
+def holding(
+    layers: Sequence[Any],
+    tiles: Sequence[TileCache],
+    rotation: Tensor,
+    lengths: Tensor,
+    attends: Sequence[Callable[..., Tensor]] = (),
+) -> Iterator[None]:
+    """Let the layers of a cache hold these tensors, and attend by `attends`, for one forward."""
+    held = [(x.tiles, x.rotation, x.cumulative_length) for x in layers]
+    try:
+        for layer, own in zip(layers, tiles, strict=True):
+            layer.tiles, layer.rotation = own, rotation
+            layer.cumulative_length = lengths.max()
+        for layer, attend in zip(layers, attends, strict=False):
+            layer.attend = attend
+        yield
+    finally:
+        for layer, (own, matrix, length) in zip(layers, held, strict=True):
+            layer.tiles, layer.rotation, layer.cumulative_length = own, matrix, length
+            vars(layer).pop("attend", None)

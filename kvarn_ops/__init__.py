@@ -64,6 +64,7 @@ _LAZY: dict[str, dict[str, str]] = {
         "export_program": "program",
         "save_program": "program",
         "to_onnx": "onnx_model",
+        "to_tensorrt": "tensorrt",
     },
 }
 

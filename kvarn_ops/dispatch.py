@@ -26,12 +26,15 @@ __all__ = [
     "BACKENDS",
     "append",
     "attend",
+    "attend_slots",
     "attention",
     "check_arch",
     "compiled_step",
+    "engine_slots",
     "forget_tuning",
     "resolve",
     "step",
+    "step_attention",
     "traces_kernels",
     "trying",
     "tuning_key",
@@ -187,6 +190,58 @@ def step(
             q, k, v, valid, cache, shared, rotation, sink_logits, scale, softcap, causal,
             _format(config), first, **run,
         )  # fmt: skip
+
+
+def step_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: TileCache,
+    rotation: Tensor,
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+    config: KVarNConfig,
+) -> Tensor:
+    """`kvarn::step_attention` by kernels."""
+    kernels = _kernels()
+    with _on(q.device):
+        return kernels.attention(
+            q, cache, None, k.contiguous(), v.contiguous(),
+            kernels.Visible(True, False, None, None), rotation, sink_logits, scale, softcap,
+            _format(config),
+        )  # fmt: skip
+
+
+def attend_slots(
+    inputs: tuple[Tensor, ...],
+    scale: float,
+    softcap: float,
+    tail_tokens: int,
+    ratio: int,
+    dense_slots: int,
+    splits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`kvarn::attend_slots` by its kernel; `inputs` are the op's tensors."""
+    from .kernels import engine
+
+    shapes = [tuple(x.shape) for x in inputs]
+    problem = engine.problem_of(shapes, scale, softcap, tail_tokens, ratio, dense_slots, splits)
+    with _on(inputs[0].device):
+        return engine.attend_slots(tuple(x.contiguous() for x in inputs), problem)
+
+
+def engine_slots(cache: TileCache, ratio: int, config: KVarNConfig) -> tuple[int, int]:
+    """Slots for dense tokens and for tiles in engines, for `ratio` query heads per KV head."""
+    from .kernels import engine
+
+    batch, heads, ring, head_dim = cache.k_tail.shape
+    shape = engine.shape_for(
+        cache.k_tail.device, batch, heads, ratio, cache.k_codes.shape[2],
+        cache.k_sink.shape[2] + ring + 1, head_dim, config.group_size, config.key_bits,
+        config.value_bits,
+    )  # fmt: skip
+    return shape.dense_slots, shape.splits
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.util
 import os
 import random
 import sys
@@ -71,17 +70,9 @@ _POISONED = _set_malloc_fill(True) and _fresh_memory_is_poisoned()
 @cache
 def _tensorrt_unavailable() -> str:
     """Return why torch_tensorrt cannot run. (`importorskip` does not do: no ImportError.)"""
-    if importlib.util.find_spec("torch_tensorrt") is None:
-        return "torch-tensorrt is not installed (extra 'tensorrt')"
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a CPU build; torch-tensorrt needs a CUDA build"
-    if not torch.cuda.is_available():
-        return "no CUDA device: torch_tensorrt cannot even be imported"
-    try:
-        importlib.import_module("torch_tensorrt")
-    except Exception as error:
-        return f"torch_tensorrt does not import: {error}"
-    return ""
+    from kvarn_ops.export.tensorrt_support import unavailable
+
+    return unavailable()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -101,22 +101,14 @@ def _packed_attention(
                 f"this layer hands {name} to a packed layer, which is not supported: patch with "
                 "strict=False to leave the model dense."
             )
-    assert layer.tiles is not None
-    step = torch.ops.kvarn.step_ if layer.shared is None else torch.ops.kvarn.step_shared_
-    out = step(
+    out = layer.attend(
         query,
         key,
         value,
         _new_token_validity(attention_mask, query.shape[2]),
-        *(layer.shared or ()),
-        *layer.tiles,
-        layer.rotation,
         s_aux,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap or 0.0,
-        True,
-        layer.config_line,
-        layer.backend,
     )
     layer.cumulative_length.add_(key.shape[2])  # last: an error above leaves the layer as it was
     return out.transpose(1, 2).contiguous()  # as every base function; some modules `view` it

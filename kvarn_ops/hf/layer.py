@@ -164,6 +164,21 @@ class KVarNLayer(CacheLayerMixin):
             check_new_tokens(key_states, value_states, None, self.tiles, self.config)
         return key_states, value_states
 
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None,
+        sink_logits: Tensor | None, scale: float, softcap: float,
+    ) -> Tensor:  # fmt: skip
+        """`[B, H_q, S, D]`: attention to what is stored and to new tokens, which are then stored.
+
+        Exporters whose programs store elsewhere put their own in its place (`kvarn_ops.export`).
+        """
+        assert self.tiles is not None
+        step = torch.ops.kvarn.step_ if self.shared is None else torch.ops.kvarn.step_shared_
+        return step(
+            query, key, value, valid, *(self.shared or ()), *self.tiles, self.rotation, sink_logits,
+            scale, softcap, True, self.config_line, self.backend,
+        )  # fmt: skip
+
     def check_room(self, new: Tensor) -> None:
         """Raise `CacheError` if the new keys have another batch size or do not fit."""
         batch, count = new.shape[0], new.shape[2]

@@ -13,6 +13,8 @@ from ..errors import InputError
 from ..hadamard import hadamard
 from ..layout import TileCache, allocate
 from .append import store
+from .plain import prepared
+from .read_only import as_engines_take
 
 __all__ = ["OP_NAMES", "sample_inputs"]
 
@@ -25,10 +27,12 @@ OP_NAMES = (
     "append_",
     "append_at",
     "append_at_",
+    "attend_slots",
     "attention",
     "dequantize",
     "step",
     "step_",
+    "step_attention",
     "step_shared",
     "step_shared_",
 )
@@ -134,6 +138,15 @@ def _samples(
         elif op_name == "attention":
             mask = randn(_ROWS, 1, count, 140) > 0 if masked else None
             yield (q, *cache, *options, 0, mask), {}
+        elif op_name == "attend_slots":
+            rows = q.reshape(_ROWS, _HEADS, -1, _DIM)
+            rotated, unit = prepared(rows, cache.k_equalizer, rotation, config)
+            cache = as_engines_take(cache)
+            tensors = (rows, rotated.half(), unit, *cache[:-3], k, v, cache.seq_lens)
+            yield (*tensors, scale, softcap, config.tail_tokens, 2, 2, 3), {}
+        elif op_name == "step_attention":
+            cache = as_engines_take(cache)
+            yield (q, k, v, *cache, rotation, sink_logits, scale, softcap, line, "aten"), {}
         elif "shared" not in op_name:
             yield (q, k, v, valid, *cache, *options), {}
         elif min(lengths) >= config.num_sink_tokens:
