@@ -38,7 +38,12 @@ from kvarn_ops.export.engine_program import (  # noqa: E402
 )
 from kvarn_ops.export.engine_step import EngineStep  # noqa: E402
 from kvarn_ops.export.step_model import StepModel  # noqa: E402
-from kvarn_ops.export.tensorrt import partition_of, to_tensorrt  # noqa: E402
+from kvarn_ops.export.tensorrt import (  # noqa: E402
+    load_engine,
+    partition_of,
+    save_engine,
+    to_tensorrt,
+)
 from kvarn_ops.export.tensorrt_support import unavailable  # noqa: E402
 
 PRESET, SINKS, ROOM, LENGTH = "k4v2_g32", 8, 256, 8 + 5 * 32
@@ -188,13 +193,12 @@ def step_time(call: Callable[[Tensor], Any], device: str) -> float:
 
 def reloaded(step: EngineStep, folder: Path) -> float:
     """Relative error of a saved and loaded engine."""
-    import torch_tensorrt
-
-    path, inputs = str(folder / "engine.ep"), example_inputs(step.model, 1)
-    torch_tensorrt.save(step.program, path, arg_inputs=list(inputs))
-    again = torch_tensorrt.load(path).module()
-    Path(path).unlink()
-    error = relative_error(again(*inputs)[0], step.program(*inputs)[0])
+    inputs = example_inputs(step.model, 1)
+    path = save_engine(step, folder / "engine.ep")
+    model, room = step.model.model, step.model.max_cache_len
+    again = load_engine(model, path, max_cache_len=room, batch_size=step.model.batch_size)
+    path.unlink()
+    error = relative_error(again.program(*inputs)[0], step.program(*inputs)[0])
     assert error < 1e-3, f"relative error {error:.2e}"
     return error
 

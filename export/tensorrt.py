@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +13,14 @@ from torch.export import ExportedProgram
 
 from kvarn_ops.errors import BackendError, InputError, reason
 
+from .artefact import check_place, written
 from .engine_program import MODES, example_inputs, export_engine_program
 from .engine_step import EngineStep
+from .stages import stage
 from .step_model import StepModel
 from .tensorrt_support import check_available
 
-__all__ = ["Partition", "partition_of", "to_tensorrt"]
+__all__ = ["Partition", "load_engine", "partition_of", "save_engine", "to_tensorrt"]
 
 
 def to_tensorrt(
@@ -87,11 +91,64 @@ def to_tensorrt(
     if device.type != "cuda":
         raise BackendError(f"the model is on {device}, and engines run on GPUs: use model.cuda().")
     step = StepModel(model, max_cache_len, batch_size)
-    program = export_engine_program(step, chunk, mode)
-    with torch.cuda.device(device):
+    with stage("Tracing the model"):
+        program = export_engine_program(step, chunk, mode)
+    with stage("Building the engine"), torch.cuda.device(device):
         compiled = _compiled(program, step, chunk, mode, settings or {})
     _check_partition(partition_of(compiled), mode, len(step.cache.layers))
     return EngineStep(step, compiled, chunk)
+
+
+def save_engine(step: EngineStep, path: str | os.PathLike[str]) -> Path:
+    """Write the engine of a step, with `torch_tensorrt.save`; the cache is not written.
+
+    Raises
+    ------
+    InputError
+        If the path does not end in `.ep`, or its folder does not exist.
+    """
+    target = check_place(path, ".ep")
+    import torch_tensorrt  # pyright: ignore[reportMissingImports]
+
+    inputs = list(example_inputs(step.model, 1))
+    with stage("Saving"), written(target) as place:
+        torch_tensorrt.save(step.program, str(place), arg_inputs=inputs)
+    return target
+
+
+def load_engine(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    max_cache_len: int,
+    batch_size: int = 1,
+    chunk: int = 1,
+) -> EngineStep:
+    """The step of an engine that `save_engine` wrote, with an empty cache.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model that the engine was made from, patched, on its GPU; it runs prompts.
+    path : path
+        The file.
+    max_cache_len, batch_size, chunk : int
+        As in `to_tensorrt`.
+
+    Raises
+    ------
+    BackendError
+        If Torch-TensorRT cannot run here.
+    InputError
+        If there is no such file.
+    """
+    check_available()
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist: give a file that save_engine has written.")
+    import torch_tensorrt  # pyright: ignore[reportMissingImports]
+
+    program = torch_tensorrt.load(str(path)).module()
+    return EngineStep(StepModel(model, max_cache_len, batch_size), program, chunk)
 
 
 def _sizes(

@@ -62,6 +62,8 @@ _LAZY: dict[str, dict[str, str]] = {
         "Comparison": "comparison",
         "compare": "comparison",
         "export_program": "program",
+        "load_engine": "tensorrt",
+        "save_engine": "tensorrt",
         "save_program": "program",
         "to_onnx": "onnx_model",
         "to_tensorrt": "tensorrt",

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from .config import KVarNConfig
 from .env import is_installed
-from .errors import BackendError, InputError
-from .layout import PackedTiles, TileCache, allocate
+from .errors import BackendError
+from .layout import PackedTiles, TileCache
 
 __all__ = [
     "BACKENDS",
@@ -28,17 +27,12 @@ __all__ = [
     "attend",
     "attend_slots",
     "attention",
-    "check_arch",
-    "compiled_step",
     "engine_slots",
-    "forget_tuning",
+    "format_of",
     "resolve",
     "step",
     "step_attention",
     "traces_kernels",
-    "trying",
-    "tuning_key",
-    "tuning_path",
 ]
 
 BACKENDS = ("auto", "reference", "aten", "triton")
@@ -138,7 +132,7 @@ def append(
 ) -> None:
     """`kvarn::append_` by kernels."""
     with _on(k.device):
-        _kernels().append(k.contiguous(), v.contiguous(), valid, cache, rotation, _format(config))
+        _kernels().append(k.contiguous(), v.contiguous(), valid, cache, rotation, format_of(config))
 
 
 def attention(
@@ -159,7 +153,7 @@ def attention(
     with _on(q.device):
         return kernels.attention(
             q, cache, None, None, None, visible, rotation, sink_logits, scale, softcap,
-            _format(config),
+            format_of(config),
         )  # fmt: skip
 
 
@@ -188,7 +182,7 @@ def step(
     with nullcontext() if traced else _on(q.device):  # compiled code sets the device itself
         return _kernels().step(
             q, k, v, valid, cache, shared, rotation, sink_logits, scale, softcap, causal,
-            _format(config), first, **run,
+            format_of(config), first, **run,
         )  # fmt: skip
 
 
@@ -209,7 +203,7 @@ def step_attention(
         return kernels.attention(
             q, cache, None, k.contiguous(), v.contiguous(),
             kernels.Visible(True, False, None, None), rotation, sink_logits, scale, softcap,
-            _format(config),
+            format_of(config),
         )  # fmt: skip
 
 
@@ -256,7 +250,8 @@ def _kernels() -> ModuleType:
 
 
 @lru_cache(maxsize=64)
-def _format(config: KVarNConfig) -> Any:
+def format_of(config: KVarNConfig) -> Any:
+    """The config as kernels know it."""
     return _kernels().Format(
         key_bits=config.key_bits,
         value_bits=config.value_bits,
@@ -268,96 +263,3 @@ def _format(config: KVarNConfig) -> Any:
         rotate_keys=config.rotate_keys,
         rotate_values=config.rotate_values,
     )
-
-
-def tuning_path(device: torch.device, folder: Path | None = None) -> Path:
-    """The file with this device's launch settings, whether or not it exists."""
-    from .kernels import heuristics
-
-    name = heuristics.tuning_file(heuristics.describe(device).name)
-    return (folder or heuristics.tuning_dir()) / name
-
-
-def tuning_key(config: KVarNConfig, head_dim: int, ratio: int) -> str:
-    """Name in a tuning file of decode steps with `ratio` query heads per KV head."""
-    from .kernels import heuristics
-
-    return heuristics.tuning_key(
-        config.key_bits, config.value_bits, config.group_size, head_dim,
-        heuristics.block_rows(ratio),
-    )  # fmt: skip
-
-
-def trying(settings: dict[str, int]) -> AbstractContextManager[None]:
-    """Launch kernels with these settings."""
-    from .kernels import heuristics
-
-    return heuristics.trying(settings)
-
-
-def forget_tuning() -> None:
-    """Read the tuning files again."""
-    from .kernels import heuristics
-
-    heuristics.tuned.cache_clear()
-
-
-def check_arch(arch: str) -> None:
-    """Raise `InputError` unless Triton can compile for a GPU of this name."""
-    from .kernels import static
-
-    try:
-        static.target_of(arch)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
-def compiled_step(
-    config: KVarNConfig,
-    head_dim: int,
-    q_heads: int,
-    kv_heads: int,
-    new_tokens: int,
-    dtype: str,
-    max_cache_len: int,
-    arch: str,
-    names: Sequence[str] = (),
-    mask: tuple[str, int] = ("", 1),
-) -> Iterator[Any]:
-    """Binaries (`kernels.static.Binary`) of the kernels of one step, compiled for `arch`.
-
-    With a `mask`, its dtype and heads, they are those of attention to the cache alone.
-    """
-    from .kernels import heuristics, static
-
-    kind = getattr(torch, dtype)
-    place: dict[str, Any] = {"dtype": kind, "device": "meta"}
-    cache = allocate(config, 8, kv_heads, head_dim, max_cache_len, kind, "meta")
-    q = torch.empty(8, q_heads, new_tokens, head_dim, **place)
-    k = torch.empty(8, kv_heads, new_tokens, head_dim, **place)
-    rotation = torch.empty(head_dim, head_dim, device="meta")
-    recorder = static.Recorder()
-    target = static.target_of(arch)
-    nvidia = target.backend == "cuda"
-    assumed = heuristics.Device(
-        arch, 132, nvidia, target.warp_size, interpreted=False,
-        tensor_memory=nvidia and int(target.arch) // 10 == 10,
-    )  # fmt: skip
-    with heuristics.assumed(assumed):
-        kernels, scale = _kernels(), head_dim**-0.5
-        if mask[0]:
-            columns = torch.empty(
-                8, mask[1], new_tokens, max_cache_len, dtype=getattr(torch, mask[0]), device="meta"
-            )
-            kernels.attention(
-                q, cache, None, None, None, kernels.Visible(False, False, None, None, columns),
-                rotation, None, scale, 0.0, _format(config), run=recorder,
-            )  # fmt: skip
-        else:
-            kernels.step(
-                q, k, k, None, cache, None, rotation, None, scale, 0.0, True, _format(config),
-                None, run=recorder,
-            )  # fmt: skip
-    for launch in static.unique(recorder.launches):
-        if not names or launch.kernel.fn.__name__.removesuffix("_kernel") in names:
-            yield static.compile_launch(launch, arch)

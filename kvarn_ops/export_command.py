@@ -26,6 +26,17 @@ class Target(str, Enum):
     tensorrt = "tensorrt"
 
 
+_SUFFIXES = {Target.onnx: ".onnx", Target.tensorrt: ".ep"}
+
+
+class Mode(str, Enum):
+    """Where attention is, beside TensorRT's engines."""
+
+    fallback = "fallback"
+    plugin = "plugin"
+    decompose = "decompose"
+
+
 def export(
     directory: Annotated[
         Path, typer.Argument(metavar="MODEL_DIR", help="In Hugging Face format, with weights.")
@@ -53,6 +64,9 @@ def export(
         bool, typer.Option("--attention-mask", help="ONNX: an input that marks padding.")
     ] = False,
     opset: Annotated[int, typer.Option(help="ONNX: version of its operators.")] = 20,
+    mode: Annotated[
+        Mode, typer.Option(help="TensorRT: attention in PyTorch, a plugin, or arithmetic.")
+    ] = Mode.fallback,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -60,7 +74,9 @@ def export(
             "bfloat16 for ONNX, since onnxruntime has no such kernels for CPUs."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the program will run.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="Where it will run; default: cpu, and cuda for tensorrt.")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--compare/--no-compare", help="Run it against the model afterwards.")
     ] = True,
@@ -76,13 +92,20 @@ def export(
     from .patching import patch
 
     config = KVarNConfig.from_preset(preset)
+    if to is Target.tensorrt:
+        from kvarn_ops.export.tensorrt_support import check_available
+
+        check_available()  # before a model is loaded
     model = _loaded(directory, to, dtype, device)
     most = _cache_len(model, max_cache_len)
     sizes = {"max_cache_len": most, "batch_size": batch, "chunk": min(chunk, most)}
-    suffix = ".onnx" if to is Target.onnx else ".pt2"
+    suffix = _SUFFIXES.get(to, ".pt2")
     path = check_place(out or Path(directory.resolve().name + suffix), suffix)
     patch(model, config)
-    exported = _export(to, model, path, sizes, attention_mask=attention_mask, opset=opset)
+    if to is Target.tensorrt:
+        exported = _export_engine(model, path, sizes, mode)
+    else:
+        exported = _export(to, model, path, sizes, attention_mask=attention_mask, opset=opset)
     report = compare(model, exported, **sizes) if check else None
     if as_json:
         values = {"to": to.value, "path": str(path), "preset": preset} | sizes
@@ -91,11 +114,12 @@ def export(
         _print_table(to, path, preset, sizes, report)
 
 
-def _loaded(directory: Path, to: Target, dtype: str | None, device: str) -> Any:
+def _loaded(directory: Path, to: Target, dtype: str | None, device: str | None) -> Any:
     import torch
 
     from .eval.data import find_model, load_model
 
+    device = device or ("cuda" if to is Target.tensorrt else "cpu")
     model = load_model(find_model(directory), device, dtype or "auto")
     if to is Target.onnx and dtype is None and model.dtype == torch.bfloat16:
         model = model.float()
@@ -122,6 +146,17 @@ def _export(to: Target, model: Any, path: Path, sizes: dict[str, int], **of_onnx
         model, max_cache_len=sizes["max_cache_len"], batch_size=sizes["batch_size"], dynamic=chunk
     )
     return exports.save_program(program, path)
+
+
+def _export_engine(model: Any, path: Path, sizes: dict[str, int], mode: Mode) -> Any:
+    """Prompts run in PyTorch, so that chunks of them are not the engine's business."""
+    from kvarn_ops.export import save_engine, to_tensorrt
+
+    step = to_tensorrt(
+        model, max_cache_len=sizes["max_cache_len"], batch_size=sizes["batch_size"], mode=mode.value
+    )
+    save_engine(step, path)
+    return step
 
 
 def _print_table(to: Target, path: Path, preset: str, sizes: dict[str, int], report: Any) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
-from . import dispatch
+from . import kernel_tools
 from .config import KVarNConfig
 from .env import is_installed
 from .errors import BackendError, InputError
@@ -148,7 +148,7 @@ def compile_kernels(
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise BackendError("TRITON_INTERPRET=1 is set, with which nothing is compiled: unset it.")
     for arch in archs:
-        dispatch.check_arch(arch)
+        kernel_tools.check_arch(arch)
     jobs = [(case, arch) for arch in archs for case in cases]
     results: dict[tuple[Case, str], list[Row]] = {}
     # Spawned: a forked child of a process with OpenMP threads may hang.
@@ -174,7 +174,7 @@ def compile_case(case: Case, arch: str) -> list[Row]:
 
 def _rows(case: Case, arch: str) -> Iterator[Row]:
     config = case.config
-    for binary in dispatch.compiled_step(
+    for binary in kernel_tools.compiled_step(
         config, case.head_dim, case.q_heads, case.kv_heads, case.new_tokens, case.dtype, _TOKENS,
         arch, case.kernels, (case.mask, case.mask_heads),
     ):  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch
+from . import dispatch, kernel_tools
 from .benchmark.decode_step import DecodeStep, Shape
 from .benchmark.timing import Contender, Timing, alternate
 from .config import KVarNConfig, parse_presets
@@ -69,7 +69,7 @@ def tune(
     """
     if dispatch.resolve("triton", device) != "triton":
         raise BackendError("there is nothing to tune without Triton kernels.")
-    path = dispatch.tuning_path(device, out)
+    path = kernel_tools.tuning_path(device, out)
     path.parent.mkdir(parents=True, exist_ok=True)
     settings: dict[str, Any] = {}
     if path.is_file():
@@ -81,12 +81,12 @@ def tune(
                 for batch, context in problems
             ]
             ratio = steps[0].shape.q_heads // steps[0].shape.kv_heads
-            name = dispatch.tuning_key(config, head_dim, ratio)
+            name = kernel_tools.tuning_key(config, head_dim, ratio)
             settings[name] = _best(name, steps, rounds, device, on_trial)
             part = path.with_suffix(".part")
             part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             part.replace(path)
-    dispatch.forget_tuning()
+    kernel_tools.forget_tuning()
     return path
 
 
@@ -144,7 +144,7 @@ def _best(
 
     def score(candidate: dict[str, int]) -> float:
         on_trial(f"{name} {candidate}")
-        with dispatch.trying(candidate):
+        with kernel_tools.trying(candidate):
             times = [_time(step, rounds, device) for step in steps]
         return math.prod(times) ** (1 / len(times))
 

@@ -90,6 +90,14 @@ def test_impossible_exports_write_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_engines_are_refused_before_a_model_is_loaded(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kvarn_ops.BackendError, match="to_tensorrt cannot run here"):
+        command(tmp_path / "nowhere", "--to", "tensorrt")
+    assert not list(tmp_path.iterdir())
+
+
 def test_directory_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(kvarn_ops.InputError, match="nowhere"):
         command(tmp_path / "nowhere", "--to", "pt2")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvarn_ops import KVarNConfig, dispatch, tuning
+from kvarn_ops import KVarNConfig, dispatch, kernel_tools, tuning
 from kvarn_ops.cli import app
 from kvarn_ops.errors import BackendError
 
@@ -19,9 +19,9 @@ CONFIG = KVarNConfig.from_preset("k4v2_g32", num_sink_tokens=32)
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("KVARN_OPS_TUNING_DIR", str(tmp_path))
-    dispatch.forget_tuning()
+    kernel_tools.forget_tuning()
     yield tmp_path
-    dispatch.forget_tuning()
+    kernel_tools.forget_tuning()
 
 
 def shape(device: torch.device, head_dim: int = 64, rows: int = 2):
@@ -56,7 +56,7 @@ def test_the_fastest_setting_is_kept_and_used(
     assert shape(device, 128) == wide
     assert shape(device, rows=16) == many, "measured with 8 rows only"
     path.unlink()
-    dispatch.forget_tuning()
+    kernel_tools.forget_tuning()
     assert shape(device) == rule
 
 
@@ -64,14 +64,14 @@ def test_command_measures_and_says_where_it_wrote(
     folder: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "CANDIDATES", {"stages": (1,)})
-    (folder / dispatch.tuning_path(device).name).write_text('{"k2v2_d32": {"warps": 1}}')
+    (folder / kernel_tools.tuning_path(device).name).write_text('{"k2v2_d32": {"warps": 1}}')
     done = CliRunner().invoke(
         app,
         ["tune", "--presets", "k4v2_g32", "--head-dims", "32", "--heads", "4/2", "--batches", "1",
          "--contexts", "200", "--rounds", "1", "--device", str(device)],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    written = json.loads(dispatch.tuning_path(device).read_text())
+    written = json.loads(kernel_tools.tuning_path(device).read_text())
     assert written["k2v2_d32"] == {"warps": 1}, "cases of an earlier run stay"
     assert "k4v2_g32_d32_r8" in written
 
