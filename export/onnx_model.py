@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +160,8 @@ def _translated(program: ExportedProgram, step: FunctionalStep, opset: int) -> i
         stage("Writing out the ops", _TRACES * step.num_layers) as advance,
         portable(_most(step), fast_decode=False, on_step=advance),
         torch.no_grad(),
-        warnings.catch_warnings(),
+        _quiet(),
     ):
-        warnings.simplefilter("ignore")  # of onnxscript about itself
         try:
             made = torch.onnx.export(
                 program, dynamo=True, custom_translation_table=translations(),
@@ -185,6 +187,20 @@ def _translated(program: ExportedProgram, step: FunctionalStep, opset: int) -> i
         node.metadata_props.clear()  # stack traces: nine tenths of a small file
         node.doc_string = None
     return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what onnxscript and onnx_ir say about themselves."""
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check_interface(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
