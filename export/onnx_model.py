@@ -235,6 +235,10 @@ def _name_dimensions(model: ir.Model) -> None:
 
 def _name_limit(model: ir.Model, chunk: int) -> None:
     """Let runtimes' errors about too many tokens say so: they give the name of the node."""
-    for node in model.graph:
-        if node.inputs and node.inputs[0] is not None and node.inputs[0].name == "ranks":
-            node.name = f"input_ids_may_have_at_most_{chunk}_new_tokens"
+    # Other arithmetic may share the constant, where the chunk is as long as a tile.
+    (lookup,) = (
+        node
+        for node in model.graph
+        if node.op_type == "Gather" and node.inputs[0] and node.inputs[0].name == "ranks"
+    )
+    lookup.name = f"input_ids_may_have_at_most_{chunk}_new_tokens"
