@@ -38,6 +38,9 @@ def command(*arguments: Any) -> Any:
 
 @pytest.mark.parametrize("to", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_file_is_written_and_compared(to: str, directory: Path, tmp_path: Path) -> None:
+    if to == "onnx":
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(name, reason="extra 'onnx'")
     target = tmp_path / f"made.{to}"
     sizes = ["--max-cache-len", LENGTH, "--chunk", 50, "--preset", PRESET]
     result = command(directory, "--to", to, "--out", target, *sizes, "--json")
@@ -84,6 +87,8 @@ def test_another_model_is_seen_to_differ() -> None:
 def test_impossible_exports_write_nothing(
     arguments: list[str], says: str, directory: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    if "onnx" in arguments:
+        pytest.importorskip("onnx", reason="extra 'onnx'")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(kvarn_ops.errors.KVarNError, match=says):
         command(directory, *arguments, "--max-cache-len", 64)
