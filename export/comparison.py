@@ -178,7 +178,7 @@ def _run(step: Step, ids: Tensor, chunk: int, advance: Callable[[], None]) -> tu
 
 def _dense_bytes(step: StepModel) -> int:
     return sum(
-        2 * layer.tiles.k_sink[0, :, 0].numel() * layer.tiles.k_sink.element_size()
+        2 * layer.tiles.k_tail[0, :, 0].numel() * layer.tiles.k_tail.element_size()
         * step.batch_size * step.max_cache_len
         for layer in step.cache.layers
     )  # fmt: skip
