@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from kvarn_ops import __version__
 
 from .step_model import StepModel
 
-__all__ = ["about", "state"]
+__all__ = ["about", "mutated", "state"]
 
 
 def about(step: StepModel, chunk: int) -> dict[str, str]:
@@ -31,12 +33,14 @@ def about(step: StepModel, chunk: int) -> dict[str, str]:
     return named | {"torch.version": str(torch.__version__)}
 
 
-def state(program: ExportedProgram) -> str:
-    """Dtype and shape of each buffer that a functional program changes, by name, as JSON."""
+def mutated(program: ExportedProgram) -> dict[str, Tensor]:
+    """Buffers that a program without ops of ours changes, by name."""
     changed = set(program.graph_signature.buffers_to_mutate.values())
-    buffers = {
-        name: (str(x.dtype).removeprefix("torch."), list(x.shape))
-        for name, x in program.named_buffers()
-        if name in changed
-    }
-    return json.dumps(buffers)
+    return {name: x for name, x in program.named_buffers() if name in changed}
+
+
+def state(buffers: Mapping[str, Tensor]) -> str:
+    """Dtype and shape of each buffer that the steps change, by name, as JSON."""
+    return json.dumps(
+        {name: (str(x.dtype).removeprefix("torch."), list(x.shape)) for name, x in buffers.items()}
+    )

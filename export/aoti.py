@@ -14,7 +14,7 @@ from kvarn_ops.lowering.graph import count_ops
 from kvarn_ops.ops.portable import portable
 from kvarn_ops.versions import release
 
-from .about import about, state
+from .about import about, mutated, state
 from .artefact import check_place, written
 from .program import export_step
 from .stages import stage
@@ -49,7 +49,7 @@ def aot_compile(
     Parameters
     ----------
     model : nn.Module or ExportedProgram
-        A patched Hugging Face model in eval mode, on a CPU; or a program that `rewrite_kv_cache` or
+        A patched Hugging Face model in eval mode; or a program on a CPU that `rewrite_kv_cache` or
         `export_program` returned, which keeps its inputs and outputs.
     path : path
         Where to write, ending in `.pt2`. Nothing is left there if the compilation fails.
@@ -59,7 +59,7 @@ def aot_compile(
     batch_size : int
         Rows.
     chunk : int, optional
-        Most new tokens of a call; `min(512, max_cache_len)` if absent.
+        Most new tokens of a call; `min(512, max_cache_len)` if absent. 1 for a model on a GPU.
 
     Returns
     -------
@@ -75,35 +75,47 @@ def aot_compile(
         If a size is missing or out of range, the path does not end in `.pt2`, or its folder does
         not exist.
     BackendError
-        If the model is not on a CPU, or torch is older than 2.13.
+        If there is no such package for the model's device, or, on a CPU, torch is older than 2.13.
     """
     if isinstance(model, ExportedProgram):
         _check_no_sizes(max_cache_len, batch_size, chunk)
-        _check_platform(_tensor_of(model))
+        device = _tensor_of(model).device
+        _check_platform(device, None)
         target = check_place(path, ".pt2")
-        program, limit, says = model, None, {}
+        program, says = _written_out(model, None), {}
+        changed = mutated(program)
     else:
         if max_cache_len is None:
             raise InputError("max_cache_len is missing: give the most tokens of a sequence.")
-        _check_platform(next(model.parameters()))
-        target = check_place(path, ".pt2")
         limit = min(512, max_cache_len) if chunk is None else chunk
+        device = next(model.parameters()).device
+        _check_platform(device, limit)
+        target = check_place(path, ".pt2")
         step = StepModel(model, max_cache_len, batch_size)
         program = export_step(step, limit)
         says = about(step, limit) | {"kvarn_ops.batch_size": str(batch_size)}
-    with (
-        stage("Writing out the ops", _TRACES * _attentions(program)) as advance,
-        portable(limit, fast_decode=True, on_step=advance),
-        torch.no_grad(),
-    ):
-        program = program.run_decompositions({})
+        changed = {name: x for name, x in step.named_buffers() if name.startswith("past_")}
+        if device.type == "cpu":  # on a GPU Inductor takes the kernels into the package
+            program = _written_out(program, limit)
     # A new dict each time: Inductor adds what the machine has to it.
-    settings = _SETTINGS | {"aot_inductor.metadata": says | {"kvarn_ops.state": state(program)}}
+    settings = _SETTINGS | {"aot_inductor.metadata": says | {"kvarn_ops.state": state(changed)}}
+    if device.type == "cuda":
+        settings["aot_inductor.embed_kernel_binary"] = True
     with stage("Compiling"), written(target) as place:
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(place), inductor_configs=settings
         )
     return target
+
+
+def _written_out(program: ExportedProgram, limit: int | None) -> ExportedProgram:
+    """The program without ops of ours, for at most `limit` new tokens a call."""
+    with (
+        stage("Writing out the ops", _TRACES * _attentions(program)) as advance,
+        portable(limit, fast_decode=True, on_step=advance),
+        torch.no_grad(),
+    ):
+        return program.run_decompositions({})
 
 
 def _check_no_sizes(*sizes: int | None) -> None:
@@ -134,16 +146,22 @@ def _tensor_of(program: ExportedProgram) -> Tensor:
     )
 
 
-def _check_platform(weight: Tensor) -> None:
-    """What is known to give wrong or slow programs."""
+def _check_platform(device: torch.device, limit: int | None) -> None:
+    """What is known to give wrong programs, and what is not there."""
+    if device.type == "cuda":
+        if limit != 1:
+            raise BackendError(
+                "packages for GPUs take one new token a call so far: give a model and chunk=1, and "
+                "prompts token by token, or use export_program."
+            )
+        return
+    if device.type != "cpu":
+        raise BackendError(
+            f"the model is on {device}, and packages are made for CPUs and CUDA: move it with "
+            "model.cpu(), or use export_program."
+        )
     if release(torch.__version__) < _OLDEST_TORCH:
         raise BackendError(
             f"AOTInductor of torch {torch.__version__} compiles this program wrongly: use torch "
             "2.13 or newer, or export_program, which works with older releases."
-        )
-    device = weight.device
-    if device.type != "cpu":
-        raise BackendError(
-            f"the model is on {device}, and packages are made for CPUs only so far: move it with "
-            "model.cpu(), or use export_program."
         )

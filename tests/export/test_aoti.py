@@ -143,6 +143,19 @@ def test_impossible_packages_leave_nothing(
 
 
 @pytest.mark.export
+@pytest.mark.parametrize(
+    ("device", "limit", "says"),
+    [("cuda", 64, "chunk=1"), ("cuda", None, "chunk=1"), ("meta", 1, "cpu")],
+)
+def test_packages_that_do_not_exist_are_refused(device: str, limit: int | None, says: str) -> None:
+    from kvarn_ops.export.aoti import _check_platform
+
+    with pytest.raises(kvarn_ops.BackendError, match=says):
+        _check_platform(torch.device(device), limit)
+    _check_platform(torch.device("cuda"), 1)
+
+
+@pytest.mark.export
 def test_releases_that_compile_it_wrongly_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ _H200 = SimpleNamespace(
     name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, warp_size=32,
     regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
     max_threads_per_block=1024, shared_memory_per_block_optin=232448, total_memory=141 << 30,
+    gcnArchName="",
 )  # fmt: skip
 
 # Views of a tensor switch to its device, even of one without memory.

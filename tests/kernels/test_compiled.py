@@ -13,6 +13,7 @@ from fresh_process import last_line, start_python
 from kvarn_ops import kernel_report
 from kvarn_ops.benchmark.results import read_rows
 from kvarn_ops.errors import BackendError, InputError
+from kvarn_ops.layout import TileCache
 
 STEP = ["prepare_kernel", "attend_kernel", "combine_kernel", "encode_kernel"]
 
@@ -94,16 +95,18 @@ def test_inductor_embeds_the_kernels_without_copies(repo_root: Path) -> None:
     assert traced["clones"] == []
 
 
-def test_a_package_of_aotinductor_embeds_the_kernels(repo_root: Path, tmp_path: Path) -> None:
-    """Two layers: eight launches of four embedded binaries, no custom op, nothing copied back.
+def test_a_package_for_a_gpu_embeds_the_kernels(repo_root: Path, tmp_path: Path) -> None:
+    """A model of two layers: its kernels are embedded, no custom op is called, nothing copied.
 
     It is Inductor that compiles the kernels here, with the types that it gives their arguments.
     """
-    package = script(repo_root, "embed_kernels.py", str(tmp_path / "step.pt2"))
-    assert package["launches"] == 2 * STEP
-    assert package["embedded"] == STEP
+    package = script(repo_root, "package_for_gpu.py", str(tmp_path / "step.pt2"))
+    assert sorted(name for name in package["launches"] if name in STEP) == sorted(2 * STEP)
+    assert set(STEP) <= set(package["embedded"]) == set(package["launches"])
     assert package["ops"] == []
     assert package["copies"] == []
+    fields = {*TileCache._fields, "length"}
+    assert set(package["state"]) == {f"past_{i}_{name}" for i in (0, 1) for name in fields}
 
 
 class Pool:

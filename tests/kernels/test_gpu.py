@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,7 +13,7 @@ from kernel_cases import CODES, relative_error
 from kvarn_ops import KVarNConfig
 from kvarn_ops.layout import TileCache
 from kvarn_ops.ops.samples import filled_cache
-from tiny_models import random_ids, tiny_model
+from tiny_models import random_ids, run, tiny_model
 
 pytestmark = pytest.mark.gpu
 
@@ -93,6 +96,28 @@ def test_compiled_model_generates_the_same_text(mode: str, fresh_dynamo: None) -
     compiled = model.generate(ids, max_new_tokens=150, do_sample=False)
     assert (eager == wanted).float().mean() > 0.98
     assert (compiled == eager).float().mean() > 0.98
+
+
+@pytest.mark.export
+def test_package_decodes_as_the_model_does(tmp_path: Path) -> None:
+    """`aot_compile` for a GPU, one token a call, over several tiles and a second sequence."""
+    model = kvarn_ops.patch(tiny_model().to("cuda"), "k4v2_g32", num_sink_tokens=8)
+    ids = random_ids(2, 150).cuda()
+    path = kvarn_ops.export.aot_compile(
+        model, tmp_path / "step.pt2", max_cache_len=200, batch_size=2, chunk=1
+    )
+    package = torch._inductor.aoti_load_package(str(path))
+    state = json.loads(package.get_metadata()["kvarn_ops.state"])
+    empty = {
+        name: torch.zeros(shape, dtype=getattr(torch, dtype), device="cuda")
+        for name, (dtype, shape) in state.items()
+    }
+    cache = kvarn_ops.KVarNCache(model.config, 200, "k4v2_g32", num_sink_tokens=8)
+    wanted = torch.cat([run(model, token, cache) for token in ids.split(1, 1)], 1)
+    for _ in range(2):
+        got = torch.cat([package(token.contiguous()) for token in ids.split(1, 1)], 1)
+        torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2)
+        package.load_constants(empty, check_full_update=False)
 
 
 def test_offsets_beyond_32_bits() -> None:
