@@ -69,8 +69,8 @@ def aot_compile(
     Raises
     ------
     UnsupportedModelError
-        If the model is not patched, not all of its layers are packed, or a program has no packed
-        cache.
+        If the model is not patched, has layers that stay dense and have no sliding window, or a
+        program has no packed cache.
     InputError
         If a size is missing or out of range, the path does not end in `.pt2`, or its folder does
         not exist.
@@ -91,7 +91,7 @@ def aot_compile(
         device = next(model.parameters()).device
         _check_platform(device, limit)
         target = check_place(path, ".pt2")
-        step = StepModel(model, max_cache_len, batch_size)
+        step = StepModel(model, max_cache_len, batch_size, windows=True)
         program = export_step(step, limit)
         says = about(step, limit) | {"kvarn_ops.batch_size": str(batch_size)}
         changed = {name: x for name, x in step.named_buffers() if name.startswith("past_")}

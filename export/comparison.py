@@ -120,7 +120,7 @@ def compare(
     >>> kvarn_ops.export.to_onnx(model, "model.onnx", max_cache_len=4096)
     >>> print(kvarn_ops.export.compare(model, "model.onnx", max_cache_len=4096))
     """
-    eager = StepModel(model, max_cache_len, batch_size)
+    eager = StepModel(model, max_cache_len, batch_size, windows=True)
     config: KVarNConfig = eager.kvarn_config
     ids = _random_ids(model, batch_size, _length(config, max_cache_len))
     step, file_bytes = _opened(exported, batch_size)
@@ -177,11 +177,13 @@ def _run(step: Step, ids: Tensor, chunk: int, advance: Callable[[], None]) -> tu
 
 
 def _dense_bytes(step: StepModel) -> int:
-    return sum(
-        2 * layer.tiles.k_tail[0, :, 0].numel() * layer.tiles.k_tail.element_size()
-        * step.batch_size * step.max_cache_len
-        for layer in step.cache.layers
-    )  # fmt: skip
+    held = [getattr(layer, "tiles", None) for layer in step.cache.layers]
+    tails = [
+        layer.keys if tiles is None else tiles.k_tail
+        for tiles, layer in zip(held, step.cache.layers, strict=True)
+    ]  # [B, H, n, D]
+    one = sum(2 * tail[0, :, 0].numel() * tail.element_size() for tail in tails)
+    return one * step.batch_size * step.max_cache_len
 
 
 def _opened(exported: Any, batch_size: int) -> tuple[Step, int | None]:

@@ -48,7 +48,7 @@ def export_program(
     Raises
     ------
     UnsupportedModelError
-        If the model is not patched, or not all of its layers are packed.
+        If the model is not patched, or has layers that stay dense and have no sliding window.
     InputError
         If a size is out of range.
 
@@ -59,7 +59,7 @@ def export_program(
     >>> torch.export.save(program, "model.pt2")
     """
     most = max_cache_len if dynamic is True else int(dynamic) or 1
-    return export_step(StepModel(model, max_cache_len, batch_size), most)
+    return export_step(StepModel(model, max_cache_len, batch_size, windows=True), most)
 
 
 def export_step(step: StepModel, most: int) -> ExportedProgram:

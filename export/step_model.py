@@ -20,8 +20,9 @@ class StepModel(nn.Module):
     """`input_ids` `[B, S]` int64 to `logits` `[B, S, vocabulary]`; the cache is its buffers.
 
     Buffers `past_<layer>_<field>` are the fields of `kvarn_ops.layout.TileCache`, and
-    `past_<layer>_length` is how many tokens came. They are not persistent and start empty,
-    whatever the model was used for before.
+    `past_<layer>_length` is how many tokens came. A sliding-window layer that stays dense has
+    `past_<layer>_keys` and `_values` instead of the fields. They are not persistent and start
+    empty, whatever the model was used for before.
 
     Parameters
     ----------
@@ -31,16 +32,20 @@ class StepModel(nn.Module):
         Most tokens of a sequence.
     batch_size : int
         Rows.
+    windows : bool
+        Whether sliding-window layers may stay dense.
 
     Raises
     ------
     UnsupportedModelError
-        If the model is not patched, or keeps layers outside the packed cache.
+        If the model is not patched, or keeps other layers outside the packed cache.
     InputError
         If a size is not positive, or the model is in train mode.
     """
 
-    def __init__(self, model: nn.Module, max_cache_len: int, batch_size: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, max_cache_len: int, batch_size: int = 1, *, windows: bool = False
+    ) -> None:
         super().__init__()
         record = vars(model).get("_kvarn_patch")
         if record is None or not hasattr(model, "config"):
@@ -56,18 +61,23 @@ class StepModel(nn.Module):
         self.max_cache_len, self.batch_size, self.kvarn_config = (
             max_cache_len, batch_size, record.config,
         )  # fmt: skip
-        self.cache = self._empty_cache(record)
+        self.cache = self._empty_cache(record, windows)
         for index, layer in enumerate(self.cache.layers):
-            for name, tensor in layer.tiles._asdict().items():
+            for name, tensor in _tensors(layer).items():
                 self.register_buffer(f"past_{index}_{name}", tensor, persistent=False)
             length = layer.cumulative_length
             self.register_buffer(f"past_{index}_length", length, persistent=False)
-        self.register_buffer("rotation", self.cache.layers[0].rotation, persistent=False)
+        rotation = next(layer.rotation for layer in self.cache.layers if hasattr(layer, "tiles"))
+        self.register_buffer("rotation", rotation, persistent=False)
 
-    def _empty_cache(self, record: Any) -> Any:
+    def _empty_cache(self, record: Any, windows: bool) -> Any:
         """A cache of the shapes and dtypes that the model writes, found by writing one token."""
+        from transformers.cache_utils import StaticSlidingWindowLayer
+
         from kvarn_ops.hf.cache import KVarNCache
         from kvarn_ops.hf.layer import KVarNLayer
+
+        from .window_layer import WindowLayer
 
         device = next(self.model.parameters()).device
         cache = KVarNCache(
@@ -75,11 +85,19 @@ class StepModel(nn.Module):
             device=device,
         )  # fmt: skip
         for index, layer in enumerate(cache.layers):
-            if not isinstance(layer, KVarNLayer):
+            if windows and type(layer) is StaticSlidingWindowLayer:
+                cache.layers[index] = WindowLayer(self.max_cache_len)
+            elif not isinstance(layer, KVarNLayer):
+                also = " or have a sliding window" if windows else ""
                 raise UnsupportedModelError(
                     f"layer {index} of {type(self.model).__name__} is a {type(layer).__name__}, "
-                    "which stays dense: only models whose layers are all packed are exported."
+                    f"which stays dense: here only models whose layers are all packed{also} are "
+                    "exported."
                 )
+        if not any(isinstance(layer, KVarNLayer) for layer in cache.layers):
+            raise UnsupportedModelError(
+                f"no layer of {type(self.model).__name__} is packed: there is nothing to export."
+            )
         token = torch.zeros(self.batch_size, 1, dtype=torch.int64, device=device)
         with torch.no_grad():
             self.model(input_ids=token, past_key_values=cache, use_cache=True)
@@ -93,6 +111,13 @@ class StepModel(nn.Module):
     def reset(self) -> None:
         """Start a new sequence."""
         self.cache.reset()
+
+
+def _tensors(layer: Any) -> dict[str, Tensor]:
+    """What a layer stores, by name."""
+    if hasattr(layer, "tiles"):
+        return layer.tiles._asdict()
+    return {"keys": layer.keys, "values": layer.values}
 
 
 def takes_positions(model: nn.Module) -> bool:

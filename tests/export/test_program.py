@@ -12,7 +12,8 @@ from fresh_process import run_python
 from kvarn_ops.export import export_program
 from tiny_models import patched, random_ids, run, small_cache, teacher_forced, tiny_model
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2", "gemma2", "gemma3_text"]
+WITH_WINDOWS = {"gemma2", "gemma3_text"}  # attended in another order: codes may differ at ties
 LENGTH, PREFILL = 300, 40
 
 STEPS = """
@@ -43,7 +44,9 @@ def test_saved_program_steps_in_a_fresh_process_as_the_model_does(
     code = STEPS.format(folder=str(tmp_path), prefill=PREFILL)
     assert run_python(code, cwd=tmp_path, path=root) == "done"
     got = torch.load(tmp_path / "logits.pt")
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    exact = 8 + 32 if family in WITH_WINDOWS else LENGTH  # up to there nothing is rounded
+    torch.testing.assert_close(got[:, :exact], wanted[:, :exact], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.export
@@ -82,6 +85,7 @@ def test_decode_only_program_takes_one_token() -> None:
     ("make", "options", "error", "says"),
     [
         (tiny_model, {}, kvarn_ops.UnsupportedModelError, "patch"),
+        (lambda: patched("mistral_sliding"), {}, kvarn_ops.UnsupportedModelError, "is packed"),
         (lambda: patched().train(), {}, kvarn_ops.InputError, "eval"),
         (patched, {"batch_size": 0}, kvarn_ops.InputError, "batch_size"),
         (patched, {"dynamic": 65}, kvarn_ops.InputError, "max_cache_len"),
