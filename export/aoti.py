@@ -77,24 +77,25 @@ def aot_compile(
     BackendError
         If there is no such package for the model's device, or, on a CPU, torch is older than 2.13.
     """
+    limit = None
     if isinstance(model, ExportedProgram):
         _check_no_sizes(max_cache_len, batch_size, chunk)
         device = _tensor_of(model).device
-        _check_platform(device, None)
-        target = check_place(path, ".pt2")
+    elif max_cache_len is None:
+        raise InputError("max_cache_len is missing: give the most tokens of a sequence.")
+    else:
+        limit = min(512, max_cache_len) if chunk is None else chunk
+        device = next(model.parameters()).device
+    _check_platform(device, limit)
+    target = check_place(path, ".pt2")
+    if isinstance(model, ExportedProgram):
         program, says = _written_out(model, None), {}
         changed = mutated(program)
     else:
-        if max_cache_len is None:
-            raise InputError("max_cache_len is missing: give the most tokens of a sequence.")
-        limit = min(512, max_cache_len) if chunk is None else chunk
-        device = next(model.parameters()).device
-        _check_platform(device, limit)
-        target = check_place(path, ".pt2")
         step = StepModel(model, max_cache_len, batch_size, windows=True)
         program = export_step(step, limit)
         says = about(step, limit) | {"kvarn_ops.batch_size": str(batch_size)}
-        changed = {name: x for name, x in step.named_buffers() if name.startswith("past_")}
+        changed = step.state()
         if device.type == "cpu":  # on a GPU Inductor takes the kernels into the package
             program = _written_out(program, limit)
     # A new dict each time: Inductor adds what the machine has to it.

@@ -18,7 +18,7 @@ from kvarn_ops.config import KVarNConfig
 from kvarn_ops.errors import InputError
 
 from .stages import stage
-from .step_model import StepModel
+from .step_model import StepModel, stored
 
 __all__ = ["Comparison", "compare"]
 
@@ -177,12 +177,9 @@ def _run(step: Step, ids: Tensor, chunk: int, advance: Callable[[], None]) -> tu
 
 
 def _dense_bytes(step: StepModel) -> int:
-    held = [getattr(layer, "tiles", None) for layer in step.cache.layers]
-    tails = [
-        layer.keys if tiles is None else tiles.k_tail
-        for tiles, layer in zip(held, step.cache.layers, strict=True)
-    ]  # [B, H, n, D]
-    one = sum(2 * tail[0, :, 0].numel() * tail.element_size() for tail in tails)
+    held = [stored(layer) for layer in step.cache.layers]
+    keys = [x["k_tail"] if "k_tail" in x else x["keys"] for x in held]  # [B, H, n, D]
+    one = sum(2 * x[0, :, 0].numel() * x.element_size() for x in keys)
     return one * step.batch_size * step.max_cache_len
 
 

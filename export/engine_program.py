@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from kvarn_ops import dispatch
@@ -20,7 +20,8 @@ from kvarn_ops.layout import PackedTiles, TileCache
 from kvarn_ops.ops.plain import combined, dense_slot, prepared, tile_slot
 from kvarn_ops.ops.read_only import as_engines_take
 
-from .step_model import StepModel, holding, takes_positions
+from .pure_step import PureStep
+from .step_model import StepModel
 
 __all__ = ["MODES", "EngineProgram", "check_pure", "engine_fields", "export_engine_program"]
 
@@ -33,7 +34,7 @@ def engine_fields(tiles: TileCache) -> list[Tensor]:
     return list(as_engines_take(tiles)[:-1])
 
 
-class EngineProgram(nn.Module):
+class EngineProgram(PureStep):
     """`(input_ids, lengths, *fields)` to `(logits, *new)`.
 
     `fields` are those of `kvarn_ops.layout.TileCache` but the last, layer after layer, with codes
@@ -56,10 +57,8 @@ class EngineProgram(nn.Module):
     """
 
     def __init__(self, step: StepModel, chunk: int, mode: str) -> None:
-        super().__init__()
-        self.model, self.mode = step.model, mode
-        self.takes_positions = takes_positions(step.model)
-        self._cache, self._layers = step.cache, list(step.cache.layers)
+        super().__init__(step, chunk, torch.int32)
+        self.mode = mode
         if step.kvarn_config.num_sink_tokens == 0:
             raise UnsupportedModelError(
                 "num_sink_tokens=0 makes tensors without elements, which engines are not given: "
@@ -69,11 +68,6 @@ class EngineProgram(nn.Module):
             raise UnsupportedModelError(
                 "layers of different head_dim do not share a rotation: use export_program."
             )
-        self.rotation: Tensor
-        self.ranks: Tensor
-        self.register_buffer("rotation", step.get_buffer("rotation"), persistent=False)
-        ranks = torch.arange(chunk, dtype=torch.int32, device=self.rotation.device)
-        self.register_buffer("ranks", ranks, persistent=False)
 
     def forward(self, input_ids: Tensor, lengths: Tensor, *fields: Tensor) -> tuple[Tensor, ...]:
         """Logits `[B, S, vocabulary]`, then keys and values of each layer."""
@@ -93,7 +87,7 @@ class EngineProgram(nn.Module):
             partial(self._attend, layer, own, rank, new)
             for layer, own in zip(self._layers, tiles, strict=True)
         ]
-        with holding(self._layers, tiles, self.rotation, lengths, attends):
+        with self.holding(tiles, lengths, attends):
             logits = self.model(
                 input_ids=input_ids, past_key_values=self._cache, use_cache=True, **kwargs
             ).logits

@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvarn_ops.errors import UnsupportedModelError
 from kvarn_ops.layout import TileCache
 
-from .step_model import StepModel, holding, takes_positions
+from .pure_step import PureStep
+from .step_model import StepModel
 
 __all__ = ["FunctionalStep"]
 
 
-class FunctionalStep(nn.Module):
+class FunctionalStep(PureStep):
     """`(input_ids, past, attention_mask)` to `(logits, present)`.
 
     `past` and `present` are the fields of `kvarn_ops.layout.TileCache` by name, one dict per layer,
@@ -38,22 +39,13 @@ class FunctionalStep(nn.Module):
     """
 
     def __init__(self, step: StepModel, chunk: int, masked: bool) -> None:
-        super().__init__()
-        self.model = step.model
+        super().__init__(step, chunk, torch.int64)
         self.chunk, self.masked = chunk, masked
-        self.takes_positions = takes_positions(step.model)
         if masked and not self.takes_positions:
             raise UnsupportedModelError(
                 f"{type(step.model).__name__} takes no position_ids, so that padding would shift "
                 "its positions: export it with attention_mask=False."
             )
-        self._layers = list(step.cache.layers)
-        self._cache = step.cache
-        self.rotation: Tensor
-        self.ranks: Tensor
-        self.register_buffer("rotation", step.get_buffer("rotation"), persistent=False)
-        ranks = torch.arange(chunk, device=self.rotation.device)
-        self.register_buffer("ranks", ranks, persistent=False)
 
     @property
     def num_layers(self) -> int:
@@ -97,7 +89,7 @@ class FunctionalStep(nn.Module):
             kwargs["attention_mask"] = valid[:, None, None, :]
         if self.takes_positions:
             kwargs["position_ids"] = lengths[:, None] + rank
-        with holding(self._layers, present, self.rotation, lengths):
+        with self.holding(present, lengths):
             logits = self.model(
                 input_ids=input_ids, past_key_values=self._cache, use_cache=True, **kwargs
             ).logits

@@ -30,6 +30,6 @@ def stage(text: str, steps: int | None = None) -> Iterator[Callable[[], None]]:
         bar = progress.add_task(text, total=steps)
         yield lambda: progress.advance(bar)
         # The number of steps is torch's business and may be another one in another release.
-        done = progress.tasks[0].completed or 1 if not progress.disable else 1
+        done = progress.tasks[0].completed or 1
         progress.update(bar, total=done, completed=done)
     _logger.info("%s: %.1f s", text, time.perf_counter() - start)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvarn_ops.errors import InputError, UnsupportedModelError
-from kvarn_ops.layout import TileCache
 
-__all__ = ["StepModel", "holding", "takes_positions"]
+__all__ = ["StepModel", "stored"]
 
 
 class StepModel(nn.Module):
@@ -63,7 +59,7 @@ class StepModel(nn.Module):
         )  # fmt: skip
         self.cache = self._empty_cache(record, windows)
         for index, layer in enumerate(self.cache.layers):
-            for name, tensor in _tensors(layer).items():
+            for name, tensor in stored(layer).items():
                 self.register_buffer(f"past_{index}_{name}", tensor, persistent=False)
             length = layer.cumulative_length
             self.register_buffer(f"past_{index}_length", length, persistent=False)
@@ -108,41 +104,17 @@ class StepModel(nn.Module):
         """Logits of new tokens, which the cache then holds."""
         return self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True).logits
 
+    def state(self) -> dict[str, Tensor]:
+        """The buffers that calls change, by name."""
+        return {name: x for name, x in self.named_buffers() if name.startswith("past_")}
+
     def reset(self) -> None:
         """Start a new sequence."""
         self.cache.reset()
 
 
-def _tensors(layer: Any) -> dict[str, Tensor]:
+def stored(layer: Any) -> dict[str, Tensor]:
     """What a layer stores, by name."""
     if hasattr(layer, "tiles"):
         return layer.tiles._asdict()
     return {"keys": layer.keys, "values": layer.values}
-
-
-def takes_positions(model: nn.Module) -> bool:
-    """Whether the model's forward takes `position_ids`; others count from the cache's length."""
-    return "position_ids" in inspect.signature(model.forward).parameters
-
-
-@contextmanager
-def holding(
-    layers: Sequence[Any],
-    tiles: Sequence[TileCache],
-    rotation: Tensor,
-    lengths: Tensor,
-    attends: Sequence[Callable[..., Tensor]] = (),
-) -> Iterator[None]:
-    """Let the layers of a cache hold these tensors, and attend by `attends`, for one forward."""
-    held = [(x.tiles, x.rotation, x.cumulative_length) for x in layers]
-    try:
-        for layer, own in zip(layers, tiles, strict=True):
-            layer.tiles, layer.rotation = own, rotation
-            layer.cumulative_length = lengths.max()
-        for layer, attend in zip(layers, attends, strict=False):
-            layer.attend = attend
-        yield
-    finally:
-        for layer, (own, matrix, length) in zip(layers, held, strict=True):
-            layer.tiles, layer.rotation, layer.cumulative_length = own, matrix, length
-            vars(layer).pop("attend", None)

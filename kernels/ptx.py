@@ -7,18 +7,17 @@ from typing import NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .engine import INPUTS, INTEGERS, OUTPUTS, EngineProblem, constants, engine_kernel
 from .heuristics import AttendShape
+from .static import TYPES, target_of
 
 __all__ = ["SHARED_LIMIT", "EnginePtx", "compile_engine_ptx", "without_scratch"]
 
 # A kernel gets more only by asking for it when it is loaded, which engines are not known to do.
 SHARED_LIMIT = 48 * 1024
 
-_DTYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 _FIXED = {
     "rotated": "*fp16", "unit": "*fp32", "k_codes": "*i8", "k_channel_affine": "*fp16",
     "k_token_scale": "*fp16", "v_codes": "*i8", "v_token_affine": "*fp16",
@@ -63,7 +62,7 @@ def compile_engine_ptx(
 def _compiled(
     problem: EngineProblem, shape: AttendShape, dtype: torch.dtype, arch: str
 ) -> EnginePtx:
-    kinds = [_FIXED.get(name, _DTYPES[dtype]) for name in INPUTS]
+    kinds = [_FIXED.get(name, TYPES[dtype]) for name in INPUTS]
     kinds += ["i32"] * len(INTEGERS) + ["*fp32"] * len(OUTPUTS)
     compiled_in = constants(problem, shape, ptx=True)
     names = engine_kernel.arg_names
@@ -78,8 +77,7 @@ def _compiled(
             if kind.startswith("*")
         },
     )
-    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    made = triton.compile(source, target=target, options={"num_warps": shape.warps})
+    made = triton.compile(source, target=target_of(arch), options={"num_warps": shape.warps})
     about = made.metadata
     if getattr(about, "num_ctas", 1) != 1 or getattr(about, "launch_cooperative_grid", False):
         raise ValueError("the kernel needs a cluster or cooperative launch, which engines lack")

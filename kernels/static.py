@@ -14,9 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-__all__ = ["Binary", "Launch", "Recorder", "compile_launch", "target_of"]
+__all__ = ["TYPES", "Binary", "Launch", "Recorder", "compile_launch", "target_of"]
 
-_TYPES = {
+TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -103,7 +103,7 @@ def compile_launch(launch: Launch, arch: str) -> Binary:
             continue
         aligned = True
         if isinstance(value, torch.Tensor):
-            signature[name] = _TYPES[value.dtype]
+            signature[name] = TYPES[value.dtype]
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
         else:

@@ -12,8 +12,8 @@ from filelock import FileLock
 
 import byte_text
 import kvarn_ops
+from extras import PACKAGES
 from kvarn_ops.export import aot_compile
-from kvarn_ops.versions import release
 
 Made = Callable[[str, Callable[[Path], Path]], Path]
 
@@ -51,7 +51,7 @@ def byte_model(repo_root: Path) -> Any:
 @pytest.fixture(scope="session")
 def byte_package(byte_model: Any, made_once: Made) -> Path:
     """The byte model as an AOTInductor package."""
-    if release(torch.__version__) < (2, 13):
+    if not PACKAGES:
         pytest.skip("packages need torch 2.13")
     with torch.no_grad():
         byte_model(torch.zeros(1, 200, dtype=torch.int64))  # used before: no matter

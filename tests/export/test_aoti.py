@@ -12,13 +12,10 @@ from torch import Tensor
 
 import kvarn_ops
 from byte_text import PRESET, PROMPT, ROOM
+from extras import needs_packages
 from fresh_process import BLOCKER, run_python
 from kvarn_ops.export import aot_compile
-from kvarn_ops.versions import release
 from tiny_models import patched, random_ids, run
-
-OLD = release(torch.__version__) < (2, 13)
-needs_new = pytest.mark.skipif(OLD, reason="packages need torch 2.13")
 
 LENGTH = 400  # 8 tiles are quantized
 CUTS = (64, 128, 192, 220)  # chunks that finish no tile, two and one, then a token at a time
@@ -124,7 +121,7 @@ def test_zeros_for_the_state_start_a_new_sequence(
     assert run_python(code.replace("PACKAGE", repr(str(byte_package))), cwd=tmp_path) == "done"
 
 
-@needs_new
+@needs_packages
 @pytest.mark.export
 @pytest.mark.parametrize(
     ("name", "options", "says"),

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import kvarn_ops
+from extras import need_onnx
 from kvarn_ops import cli
 from kvarn_ops.export import compare, export_program, save_program
 from kvarn_ops.export.artefact import written
@@ -39,8 +40,7 @@ def command(*arguments: Any) -> Any:
 @pytest.mark.parametrize("to", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_file_is_written_and_compared(to: str, directory: Path, tmp_path: Path) -> None:
     if to == "onnx":
-        for name in ("onnx", "onnxscript", "onnxruntime"):
-            pytest.importorskip(name, reason="extra 'onnx'")
+        need_onnx()
     target = tmp_path / f"made.{to}"
     sizes = ["--max-cache-len", LENGTH, "--chunk", 50, "--preset", PRESET]
     result = command(directory, "--to", to, "--out", target, *sizes, "--json")

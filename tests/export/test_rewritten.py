@@ -9,16 +9,16 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 import kvarn_ops
+from extras import needs_packages
 from fresh_process import BLOCKER, run_python
 from gpt_fast_example import gpt_fast_model
 from kvarn_ops.export import aot_compile
 from kvarn_ops.lowering import rewrite_kv_cache
-from kvarn_ops.versions import release
 from tiny_models import random_ids
 
 pytestmark = [
     pytest.mark.export,
-    pytest.mark.skipif(release(torch.__version__) < (2, 13), reason="packages need torch 2.13"),
+    needs_packages,
 ]
 
 BATCH, ROOM = 2, 160

@@ -18,6 +18,7 @@ import torch
 
 import kvarn_ops
 from byte_text import CHUNK, COUNT, PRESET, PROMPT, ROOM, greedy, text_of
+from extras import need_onnx
 from fresh_process import BLOCKER, last_line, start_python
 
 pytestmark = [pytest.mark.export, pytest.mark.slow]
@@ -86,8 +87,7 @@ def test_package(byte_package: Path, text: str, tmp_path: Path, repo_root: Path)
 
 def test_onnx_without_torch(byte_model: Any, text: str, tmp_path: Path, repo_root: Path) -> None:
     """`examples/onnx_generate.py`, which also writes the file."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(name, reason="extra 'onnx'")
+    need_onnx()
     example = repo_root / "examples" / "onnx_generate.py"
     target = tmp_path / "byte.onnx"
     runpy.run_path(str(example))["export"](str(target), ROOM, PRESET, CHUNK)
