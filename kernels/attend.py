@@ -36,7 +36,7 @@ def attend_kernel(
     HAS_NEW: tl.constexpr, HAS_VALID: tl.constexpr, CAUSAL_NEW: tl.constexpr,
     LIMITED: tl.constexpr, WINDOW: tl.constexpr, SHARED: tl.constexpr, MASK: tl.constexpr,
     MASK_ROWS: tl.constexpr, MASK_PACKED: tl.constexpr, SOFTCAP: tl.constexpr,
-    STAGES: tl.constexpr, PTX: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr, PTX: tl.constexpr, FOLDS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One slot of one KV head and `N` query rows.
 
@@ -118,7 +118,7 @@ def attend_kernel(
             v_affine_ptr, v_channel_ptr, row_index, in_rows, limit, lowest, source * head_tiles,
             start, stop, score_scale, softcap, mask_ptr, mask_row, mask_columns, mask_step,
             D, G, KEY_BITS, VALUE_BITS, SINKS, N, W_K, W_V,
-            D_PAD, LIMITED or WINDOW, MASK, SOFTCAP, STAGES, PTX,
+            D_PAD, LIMITED or WINDOW, MASK, SOFTCAP, STAGES, PTX, FOLDS,
         )  # fmt: skip
 
     slot_index = head_index * slots + first_slot + slot

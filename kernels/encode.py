@@ -52,9 +52,8 @@ def _tokens(
     place = source[:, None] * D + channel[None, :]
     if STORED:
         return tl.load(ring_ptr + place, mask=inside, other=0.0)
-    old = tl.load(ring_ptr + place, mask=in_ring[:, None] & inside, other=0.0)
-    new = tl.load(new_ptr + place, mask=(~in_ring)[:, None] & inside, other=0.0)
-    return tl.where(in_ring[:, None], old, new)
+    held = tl.where(in_ring[:, None], ring_ptr + place, new_ptr + place)
+    return tl.load(held, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -189,12 +188,12 @@ def _encode(
             tl.store(other_ptr + place * D + table, channel_scale, mask=inside)
 
 
-@triton.jit(do_not_specialize=["new_tokens", "capacity", "first_launch_tile", "scratch_size"])
+@triton.jit(do_not_specialize=["new_tokens", "capacity", "first_launch_tile"])
 def encode_kernel(
     k_new_ptr, v_new_ptr, order_ptr, counts_ptr, rotation_ptr,
     k_codes_ptr, k_affine_ptr, k_token_ptr, v_codes_ptr, v_affine_ptr, v_channel_ptr,
     k_tail_ptr, v_tail_ptr, k_equalizer_ptr, v_equalizer_ptr, lengths_ptr, scratch_ptr,
-    new_tokens, capacity, first_launch_tile, scratch_size,
+    new_tokens, capacity, first_launch_tile,
     HEADS: tl.constexpr, D: tl.constexpr, G: tl.constexpr, KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, LAG: tl.constexpr,
     PLUS: tl.constexpr, ITERS: tl.constexpr, ROTATE_KEYS: tl.constexpr,
@@ -212,7 +211,7 @@ def encode_kernel(
         With `HAS_VALID`: `[B, new_tokens]` int32 indices of a row's valid tokens, in order, and
         `[B]` int64 how many there are.
     scratch_ptr
-        `scratch_size` fp32 per program.
+        `CHUNKS * G * WIDTH` fp32 per program.
     MAKE_EQUALIZER, EQUALIZER_ONLY
         Make the equalizer of a row whose first tile is finished. With several tiles it has to be
         a launch of its own, since all of them read it.
@@ -234,7 +233,8 @@ def encode_kernel(
         body_old = tl.maximum(before - SINKS, 0)
         skip = tl.maximum(SINKS - before, 0)
         program = (tl.program_id(2) * tl.num_programs(0) + head_index) * tl.num_programs(1)
-        scratch = scratch_ptr + (program + tl.program_id(1)) * scratch_size
+        # A size known to the compiler: it then reads and writes 16 bytes at a time.
+        scratch = scratch_ptr + (program + tl.program_id(1)) * (CHUNKS * G * WIDTH)
         if tl.program_id(2) == 0:
             _encode(
                 k_tail_ptr, k_new_ptr, order_ptr, rotation_ptr, k_equalizer_ptr,

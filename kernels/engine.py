@@ -51,7 +51,8 @@ def engine_kernel(
     G: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, SINKS: tl.constexpr,
     RING: tl.constexpr, LAG: tl.constexpr, DENSE_SLOTS: tl.constexpr, SPLITS: tl.constexpr,
     N: tl.constexpr, BLOCK_T: tl.constexpr, W_K: tl.constexpr, W_V: tl.constexpr,
-    D_PAD: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr, UPCAST: tl.constexpr,
+    D_PAD: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr, FOLDS: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One slot of one KV head and `N` query rows: the cache, then `queries` new tokens in order.
 
@@ -66,7 +67,8 @@ def engine_kernel(
         SCALE, SOFTCAP, rows, queries, 0, queries, queries, capacity, capacity,
         DENSE_SLOTS + SPLITS, 0, 1, SPLITS, DENSE_SLOTS, q_ptr, 1, 0, 0, 0, 1,
         HEADS, D, G, KEY_BITS, VALUE_BITS, SINKS, RING, LAG, 0, N, BLOCK_T, W_K, W_V, D_PAD,
-        True, False, True, False, False, False, 0, 1, False, SOFTCAP != 0.0, STAGES, PTX, UPCAST,
+        True, False, True, False, False, False, 0, 1, False, SOFTCAP != 0.0, STAGES, PTX, FOLDS,
+        UPCAST,
     )  # fmt: skip
 
 
@@ -155,7 +157,7 @@ def constants(
         "W_K": triton.next_power_of_2(head_dim // planes(problem.key_bits)),
         "W_V": problem.group_size // planes(problem.value_bits),
         "D_PAD": triton.next_power_of_2(head_dim), "STAGES": shape.stages, "PTX": ptx,
-        "UPCAST": upcast,
+        "FOLDS": shape.folds, "UPCAST": upcast,
     }  # fmt: skip
 
 

@@ -98,13 +98,13 @@ def _attention_block(
     new_tokens = 0 if k_new is None or store else k_new.shape[2]
     shape = attend_shape(
         device, programs, rows, capacity, form.sinks + ring + new_tokens, head_dim,
-        form.group_size, form.key_bits, form.value_bits,
+        form.group_size, form.key_bits, form.value_bits, q.dtype,
     )  # fmt: skip
     shared_shape = None
     if shared is not None:
         shared_shape = attend_shape(
             device, programs, rows, shared.k_codes.shape[2], 0, head_dim,
-            form.group_size, form.key_bits, form.value_bits,
+            form.group_size, form.key_bits, form.value_bits, q.dtype,
         )  # fmt: skip
     own_slots = shape.dense_slots + shape.splits
     slots = own_slots + (shared_shape.splits if shared_shape else 0)
@@ -155,7 +155,7 @@ def _attention_block(
             WINDOW=visible.first is not None and not is_shared, SHARED=is_shared,
             MASK=mask.kind, MASK_ROWS=shape.rows if any(mask.strides[1:]) else 1,
             MASK_PACKED=mask.step == 1,
-            SOFTCAP=softcap != 0, STAGES=shape.stages, PTX=described.ptx,
+            SOFTCAP=softcap != 0, STAGES=shape.stages, PTX=described.ptx, FOLDS=shape.folds,
             # The interpreter cannot multiply them.
             UPCAST=described.interpreted and q.dtype == torch.bfloat16,
             num_warps=shape.warps,
@@ -215,13 +215,14 @@ def encode(
     batch, heads, count, head_dim = k.shape
     tiles = triton.cdiv(count, form.group_size)
     alone, rotation = tiles == 1, rotation.contiguous()
-    # Keys and values of one launch share the shape; keys need all planes of a word in a chunk.
-    shape = encode_shape(k.device, head_dim, planes(form.key_bits))
-    scratch_size = shape.chunks * form.group_size * shape.width
+    shape = encode_shape(
+        k.device, head_dim, form.group_size, form.key_bits, form.value_bits
+    )  # fmt: skip
     per_launch = min(tiles, max(1, shape.programs // (2 * batch * heads)))
     scratch = torch.empty(
-        2 * batch * heads * per_launch * scratch_size, dtype=torch.float32, device=k.device
-    )
+        2 * batch * heads * per_launch * shape.chunks * form.group_size * shape.width,
+        dtype=torch.float32, device=k.device,
+    )  # fmt: skip
 
     def launch(first: int, programs: int, make: bool, only: bool) -> None:
         run(encode_kernel)[(batch * heads, programs, 2)](
@@ -229,14 +230,14 @@ def encode(
             rotation, cache.k_codes, cache.k_channel_affine, cache.k_token_scale, cache.v_codes,
             cache.v_token_affine, cache.v_channel_scale, cache.k_tail, cache.v_tail,
             cache.k_equalizer, cache.v_equalizer, cache.seq_lens, scratch, count,
-            cache.k_codes.shape[2], first, scratch_size,
+            cache.k_codes.shape[2], first,
             HEADS=heads, D=head_dim, G=form.group_size, KEY_BITS=form.key_bits,
             VALUE_BITS=form.value_bits, SINKS=form.sinks, RING=cache.k_tail.shape[2],
             LAG=form.lag, PLUS=form.plus, ITERS=form.iters, ROTATE_KEYS=form.rotate_keys,
             ROTATE_VALUES=form.rotate_values, MAKE_EQUALIZER=make, EQUALIZER_ONLY=only,
             HAS_VALID=order is not None, STORED=stored, CHUNKS=shape.chunks, WIDTH=shape.width,
             BLOCK_K=shape.block_k, PRECISION=_precision(k.device), num_warps=shape.warps,
-            num_stages=2,
+            num_stages=shape.stages,
         )  # fmt: skip
 
     if form.plus and not alone:

@@ -45,8 +45,9 @@ def normalize(
     token_log = tl.zeros((G,), tl.float32)
     channel_scale = tl.exp(channel_log)
     token_scale = tl.exp(token_log)
-    of_channels = channel_std(scratch_ptr, unit, channel_scale, token_scale)
-    of_tokens = token_std(scratch_ptr, unit, channel_scale, token_scale, D, PLANES)
+    by_channel, by_token = channel_scale, token_scale * unit
+    of_channels = channel_std(scratch_ptr, by_channel, by_token)
+    of_tokens = token_std(scratch_ptr, by_channel, by_token, D, PLANES)
     skip_channels = absent
     skip_tokens = of_tokens < 0.0
     if PLUS:
@@ -56,20 +57,21 @@ def normalize(
     for _ in range(ITERS):
         if TOKENS_FIRST:
             token_log = _step(token_log, of_tokens, PLUS)
-            of_channels = channel_std(scratch_ptr, unit, tl.exp(channel_log), tl.exp(token_log))
+            by_token = tl.exp(-token_log) * unit
+            of_channels = channel_std(scratch_ptr, by_channel, by_token)
             channel_log = _step(channel_log, of_channels, PLUS)
+            by_channel = tl.exp(-channel_log)
         else:
             channel_log = _step(channel_log, of_channels, PLUS)
-            of_tokens = token_std(
-                scratch_ptr, unit, tl.exp(channel_log), tl.exp(token_log), D, PLANES
-            )
+            by_channel = tl.exp(-channel_log)
+            of_tokens = token_std(scratch_ptr, by_channel, by_token, D, PLANES)
             token_log = _step(token_log, of_tokens, PLUS)
-        new_channel, new_token = tl.exp(channel_log), tl.exp(token_log)
-        of_channels = channel_std(scratch_ptr, unit, new_channel, new_token)
-        of_tokens = token_std(scratch_ptr, unit, new_channel, new_token, D, PLANES)
+            by_token = tl.exp(-token_log) * unit
+        of_channels = channel_std(scratch_ptr, by_channel, by_token)
+        of_tokens = token_std(scratch_ptr, by_channel, by_token, D, PLANES)
         imbalance = _spread(of_channels, skip_channels) + _spread(of_tokens, skip_tokens)
         better = imbalance <= best
         best = tl.where(better, imbalance, best)
-        channel_scale = tl.where(better, new_channel, channel_scale)
-        token_scale = tl.where(better, new_token, token_scale)
+        channel_scale = tl.where(better, tl.exp(channel_log), channel_scale)
+        token_scale = tl.where(better, tl.exp(token_log), token_scale)
     return channel_scale, token_scale

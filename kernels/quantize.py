@@ -12,10 +12,11 @@ import triton.language as tl
 from .codes import planes
 from .tile import (
     as_fp16,
+    balanced,
     balanced_chunk,
     channels,
-    chunk_place,
     exponent_of,
+    load_chunk,
     pick,
     power_of_two,
     put,
@@ -42,8 +43,7 @@ def _round_to_nearest(x, low, high, BITS: tl.constexpr):
     """`x ~ (codes + zero) * scale`; `low` and `high` broadcast."""
     scale = tl.maximum((high - low) / (2**BITS - 1), SCALE_MIN)
     scale = tl.maximum(scale, tl.abs(low) / ZERO_LIMIT)
-    # GPUs divide to two units in the last place here; tl.div_rn spills hundreds of bytes.
-    codes = tl.minimum(tl.maximum(rounded((x - low) / scale), 0.0), 2**BITS - 1.0)
+    codes = tl.minimum(tl.maximum(rounded((x - low) * (1.0 / scale)), 0.0), 2**BITS - 1.0)
     return scale, low / scale, codes
 
 
@@ -125,11 +125,15 @@ def quantize_keys(
     W: tl.constexpr = WIDTH // count
     ROW: tl.constexpr = D * BITS // 8
     token = tl.arange(0, G)
+    by_channel, by_token = 1.0 / channel_scale, unit / token_scale
     row_scale, row_zero = channel_scale, channel_scale
     wanted = tl.zeros((G,), tl.float32)
     actual = tl.zeros((G,), tl.float32)
     for c in range(0, CHUNKS):
-        x = balanced_chunk(scratch_ptr, unit, c, channel_scale, token_scale)
+        chunk = load_chunk(scratch_ptr, c, G, WIDTH)
+        if PLUS:  # now, or the chunk would take registers until the end
+            wanted += tl.sum((chunk * unit) * (chunk * unit), axis=1)
+        x = balanced(chunk, c, by_channel, by_token)
         low, high = tl.min(x, axis=0), tl.max(x, axis=0)
         if PLUS and clip_min(BITS) < 1.0:
             middle, half = (low + high) / 2, (high - low) / 2
@@ -149,10 +153,8 @@ def quantize_keys(
         if PLUS:
             restored = (codes + _stored_zero(zero, BITS)[None, :]) * scale[None, :]
             restored = restored * token_scale[:, None]
-            original = tl.load(scratch_ptr + chunk_place(c, G, WIDTH)) * unit
             inside = (channels(c, D, WIDTH, count) < D)[None, :]
             actual += tl.sum(tl.where(inside, restored * restored, 0.0), axis=1)
-            wanted += tl.sum(original * original, axis=1)
         else:
             scale, zero = _published_rounding(scale, scale * zero)
         row_scale, row_zero = put(row_scale, c, scale), put(row_zero, c, zero)
@@ -178,10 +180,15 @@ def quantize_values(
     count: tl.constexpr = planes(BITS)
     W: tl.constexpr = G // count
     ROW: tl.constexpr = G * BITS // 8
+    by_channel, by_token = 1.0 / channel_scale, unit / token_scale
     low = tl.full((G,), float("inf"), tl.float32)
     high = tl.full((G,), -float("inf"), tl.float32)
+    wanted = tl.zeros((G,), tl.float32)
     for c in range(0, CHUNKS):
-        x = balanced_chunk(scratch_ptr, unit, c, channel_scale, token_scale)
+        chunk = load_chunk(scratch_ptr, c, G, WIDTH)
+        if PLUS:
+            wanted += tl.sum((chunk * unit) * (chunk * unit), axis=1)
+        x = balanced(chunk, c, by_channel, by_token)
         inside = (channels(c, D, WIDTH, 1) < D)[None, :]
         low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")), axis=1))
         high = tl.maximum(high, tl.max(tl.where(inside, x, -float("inf")), axis=1))
@@ -194,7 +201,7 @@ def quantize_values(
             span = shrink * half
             error = tl.zeros((G,), tl.float32)
             for c in range(0, CHUNKS):
-                x = balanced_chunk(scratch_ptr, unit, c, channel_scale, token_scale)
+                x = balanced_chunk(scratch_ptr, c, by_channel, by_token)
                 inside = (channels(c, D, WIDTH, 1) < D)[None, :]
                 square = _error(x, (middle - span)[:, None], (middle + span)[:, None], BITS)
                 error += tl.sum(tl.where(inside, square, 0.0), axis=1)
@@ -203,20 +210,17 @@ def quantize_values(
         low, high = middle - best * half, middle + best * half
     scale = tl.zeros((G, 1), tl.float32)
     zero = tl.zeros((G, 1), tl.float32)
-    wanted = tl.zeros((G,), tl.float32)
     actual = tl.zeros((G,), tl.float32)
     word = tl.arange(0, W)[:, None]
     for c in range(0, CHUNKS):
-        x = balanced_chunk(scratch_ptr, unit, c, channel_scale, token_scale)
+        x = balanced_chunk(scratch_ptr, c, by_channel, by_token)
         scale, zero, codes = _round_to_nearest(x, low[:, None], high[:, None], BITS)
         channel = channels(c, D, WIDTH, 1)
         inside = (channel < D)[None, :]
         if PLUS:
             restored = (codes + _stored_zero(zero, BITS)) * (scale * token_scale[:, None])
             restored = restored * pick(channel_scale, c)[None, :]
-            original = tl.load(scratch_ptr + chunk_place(c, G, WIDTH)) * unit
             actual += tl.sum(tl.where(inside, restored * restored, 0.0), axis=1)
-            wanted += tl.sum(original * original, axis=1)
         _store_packed(codes_ptr + channel[None, :] * ROW, word, codes, inside, G, 0, BITS)
     row_scale = tl.reshape(scale, (G,)) * token_scale
     row_zero = tl.reshape(zero, (G,))

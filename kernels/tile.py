@@ -55,11 +55,22 @@ def chunk_place(c, G: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def balanced_chunk(scratch_ptr, unit, c, channel_scale, token_scale):
-    """Chunk `c` of the tile times `unit`, divided by the scales of channels and tokens."""
-    G: tl.constexpr = token_scale.shape[0]
-    tile = tl.load(scratch_ptr + chunk_place(c, G, channel_scale.shape[1])) * unit
-    return tile / pick(channel_scale, c)[None, :] / token_scale[:, None]
+def load_chunk(scratch_ptr, c, G: tl.constexpr, WIDTH: tl.constexpr):
+    """Chunk `c` of the tile."""
+    return tl.load(scratch_ptr + chunk_place(c, G, WIDTH))
+
+
+@triton.jit
+def balanced(chunk, c, by_channel, by_token):
+    """Chunk `c` times factors of channels and tokens: the inverses of their scales."""
+    return chunk * pick(by_channel, c)[None, :] * by_token[:, None]
+
+
+@triton.jit
+def balanced_chunk(scratch_ptr, c, by_channel, by_token):
+    """`balanced` of `load_chunk`."""
+    chunk = load_chunk(scratch_ptr, c, by_token.shape[0], by_channel.shape[1])
+    return balanced(chunk, c, by_channel, by_token)
 
 
 @triton.jit
@@ -104,31 +115,28 @@ def gauge(peak, square_sum, peak_exponent, COUNT: tl.constexpr):
 
 
 @triton.jit
-def token_std(
-    scratch_ptr, unit, channel_scale, token_scale, D: tl.constexpr, PLANES: tl.constexpr
-):  # fmt: skip
+def token_std(scratch_ptr, by_channel, by_token, D: tl.constexpr, PLANES: tl.constexpr):
     """Standard deviation over the channels of the balanced tile, `[G]`; two passes."""
-    CHUNKS: tl.constexpr = channel_scale.shape[0]
-    mean = tl.zeros((token_scale.shape[0],), tl.float32)
+    CHUNKS: tl.constexpr = by_channel.shape[0]
+    mean = tl.zeros((by_token.shape[0],), tl.float32)
     for c in range(0, CHUNKS):
-        part = balanced_chunk(scratch_ptr, unit, c, channel_scale, token_scale)
-        mean += tl.sum(part, axis=1)
+        mean += tl.sum(balanced_chunk(scratch_ptr, c, by_channel, by_token), axis=1)
     mean = mean / D
-    square = tl.zeros((token_scale.shape[0],), tl.float32)
+    square = tl.zeros((by_token.shape[0],), tl.float32)
     for c in range(0, CHUNKS):
-        part = balanced_chunk(scratch_ptr, unit, c, channel_scale, token_scale) - mean[:, None]
-        inside = channels(c, D, channel_scale.shape[1], PLANES) < D
+        part = balanced_chunk(scratch_ptr, c, by_channel, by_token) - mean[:, None]
+        inside = channels(c, D, by_channel.shape[1], PLANES) < D
         square += tl.sum(tl.where(inside[None, :], part * part, 0.0), axis=1)
     return tl.sqrt(square / (D - 1))
 
 
 @triton.jit
-def channel_std(scratch_ptr, unit, channel_scale, token_scale):
+def channel_std(scratch_ptr, by_channel, by_token):
     """Standard deviation over the tokens of the balanced tile, a table `[CHUNKS, WIDTH]`."""
-    G: tl.constexpr = token_scale.shape[0]
-    table = channel_scale
-    for c in range(0, channel_scale.shape[0]):
-        part = balanced_chunk(scratch_ptr, unit, c, channel_scale, token_scale)
+    G: tl.constexpr = by_token.shape[0]
+    table = by_channel
+    for c in range(0, by_channel.shape[0]):
+        part = balanced_chunk(scratch_ptr, c, by_channel, by_token)
         part = part - (tl.sum(part, axis=0) / G)[None, :]
         table = put(table, c, tl.sqrt(tl.sum(part * part, axis=0) / (G - 1)))
     return table

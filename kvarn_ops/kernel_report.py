@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from . import kernel_tools
 from .config import KVarNConfig
 from .env import is_installed
@@ -26,10 +28,12 @@ __all__ = [
     "Row",
     "as_dicts",
     "check_archs",
+    "compile_case",
     "compile_kernels",
     "compile_named",
     "covering_cases",
     "full_cases",
+    "settings_key",
     "spilling",
     "table",
 ]
@@ -57,6 +61,11 @@ class Case:
     def config(self) -> KVarNConfig:
         """The config of the cache."""
         return KVarNConfig.from_preset(self.preset, encoder=self.encoder)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype`, of the queries and the cache's unquantized part."""
+        return getattr(torch, self.dtype)
 
     def __str__(self) -> str:
         text = f"{self.preset} D{self.head_dim} {self.q_heads}/{self.kv_heads}"
@@ -111,10 +120,11 @@ def full_cases() -> list[Case]:
     more = [
         Case("k4v2", head_dim, 8, 2, new_tokens=count, dtype=dtype)
         for head_dim in (64, 128, 256)
-        for count in (4, 16, 256)
+        for count in (1, 4, 16, 256)
         for dtype in ("bfloat16", "float32")
     ]
-    return cases + more + [Case("k4v2", 192), Case("k4v4", 576, 16, 1, kernels=_ATTEND)]
+    wide = [Case("k4v2", 192), Case("k4v4", 576, 16, 1, kernels=_ATTEND)]
+    return list(dict.fromkeys(cases + more + wide))
 
 
 def compile_kernels(
@@ -165,6 +175,14 @@ def compile_kernels(
                 failures.append(name)
             on_done(name)
     return [row for job in jobs for row in results.get(job, ())]
+
+
+def settings_key(case: Case, kernel: str) -> str:
+    """Name of a case's settings in `kernels/settings.json`, for `attend` or `encode`."""
+    if kernel == "encode":
+        return kernel_tools.encode_key(case.config, case.head_dim)
+    rows = case.q_heads // case.kv_heads * case.new_tokens
+    return kernel_tools.attend_key(case.config, case.head_dim, rows, case.torch_dtype)
 
 
 def compile_case(case: Case, arch: str) -> list[Row]:

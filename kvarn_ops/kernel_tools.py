@@ -15,11 +15,12 @@ from .errors import InputError
 from .layout import allocate
 
 __all__ = [
+    "attend_key",
     "check_arch",
     "compiled_step",
+    "encode_key",
     "forget_tuning",
     "trying",
-    "tuning_key",
     "tuning_path",
 ]
 
@@ -32,14 +33,23 @@ def tuning_path(device: torch.device, folder: Path | None = None) -> Path:
     return (folder or heuristics.tuning_dir()) / name
 
 
-def tuning_key(config: KVarNConfig, head_dim: int, ratio: int) -> str:
-    """Name in a tuning file of decode steps with `ratio` query heads per KV head."""
+def attend_key(
+    config: KVarNConfig, head_dim: int, rows: int, dtype: torch.dtype = torch.bfloat16
+) -> str:
+    """Name of attention's settings in a file, for `rows` query rows per KV head."""
     from .kernels import heuristics
 
-    return heuristics.tuning_key(
-        config.key_bits, config.value_bits, config.group_size, head_dim,
-        heuristics.block_rows(ratio),
-    )  # fmt: skip
+    block_rows = heuristics.block_rows(rows, head_dim, dtype)
+    return heuristics.attend_key(
+        config.key_bits, config.value_bits, config.group_size, head_dim, block_rows
+    )
+
+
+def encode_key(config: KVarNConfig, head_dim: int) -> str:
+    """Name of the encoder's settings in a file."""
+    from .kernels import heuristics
+
+    return heuristics.encode_key(config.key_bits, config.value_bits, config.group_size, head_dim)
 
 
 def trying(settings: dict[str, int]) -> AbstractContextManager[None]:
@@ -95,7 +105,7 @@ def compiled_step(
     target = static.target_of(arch)
     nvidia = target.backend == "cuda"
     assumed = heuristics.Device(
-        arch, 132, nvidia, target.warp_size, interpreted=False,
+        arch, 132, nvidia, target.warp_size, interpreted=False, arch=arch,
         tensor_memory=nvidia and int(target.arch) // 10 == 10,
     )  # fmt: skip
     with heuristics.assumed(assumed):

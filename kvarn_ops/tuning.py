@@ -81,7 +81,7 @@ def tune(
                 for batch, context in problems
             ]
             ratio = steps[0].shape.q_heads // steps[0].shape.kv_heads
-            name = kernel_tools.tuning_key(config, head_dim, ratio)
+            name = kernel_tools.attend_key(config, head_dim, ratio)
             settings[name] = _best(name, steps, rounds, device, on_trial)
             part = path.with_suffix(".part")
             part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

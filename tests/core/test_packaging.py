@@ -120,8 +120,8 @@ def test_wheel_holds_only_the_package(wheel):
 def test_wheel_holds_every_module(wheel):
     expected = {"kvarn_ops/py.typed"}
     for folder in ("kvarn_ops", *MAPPED):
-        for path in (ROOT / folder).rglob("*.py*"):
-            if path.suffix in {".py", ".pyi"} and "__pycache__" not in path.parts:
+        for path in (ROOT / folder).rglob("*.*"):
+            if path.suffix in {".py", ".pyi", ".json"} and "__pycache__" not in path.parts:
                 name = path.relative_to(ROOT).as_posix()
                 expected.add(name if folder == "kvarn_ops" else f"kvarn_ops/{name}")
     with zipfile.ZipFile(wheel) as archive:
