@@ -9,6 +9,7 @@ too: all captured in a graph, the kernel that puts the lengths back taken off. `
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,18 +18,21 @@ from gpu_caches import random_caches, stored_bytes
 from gpu_stage import Stage
 from gpu_timing import Calls
 
-from kvarn_ops import KVarNConfig
+from kvarn_ops import KVarNConfig, kernel_tools
 from kvarn_ops.benchmark.decode_step import Shape
 from kvarn_ops.hadamard import hadamard
 from kvarn_ops.layout import TileCache
 
-KEYS = ("preset", "encoder", "batch", "q_heads", "kv_heads", "head_dim", "context")
+KEYS = ("preset", "encoder", "batch", "q_heads", "kv_heads", "head_dim", "context", "width")
 TIMES = ("append", "finish", "step", "step_finish", "attention")
 COLUMNS = (*(f"{name}_us" for name in TIMES), "reset_us", "share", "step_share", "spread", "error")
 K = 1024
 KINDS = (("k4v2", "plus", "32/8", 128), ("k2v2", "plus", "32/8", 128), ("k4v2", "plus", "32/8", 64),
          ("k4v2", "plus", "16/2", 256), ("k4v2", "paper", "32/8", 128))  # fmt: skip
 POINTS = ((1, 4 * K), (8, 4 * K), (32, 4 * K), (8, 16 * K))
+# Channels per chunk of the encoder: the rule's 64 against more registers and against fewer.
+WIDTHS = (32, 128)
+WIDTH_KIND, WIDTH_POINTS = KINDS[0], ((8, 4 * K), (32, 4 * K))
 MOST_COPIES = 16
 
 
@@ -38,20 +42,25 @@ class Case(NamedTuple):
     config: KVarNConfig
     shape: Shape
     context: int
+    settings: dict[str, int]  # of the encoder's launch, in place of the rule's
 
 
 def cases(dry: bool) -> list[tuple[dict[str, Any], Case]]:
     """What is measured, with the columns that name it."""
-    listed = [(*kind, *point) for kind in KINDS for point in POINTS]
+    listed = [(*kind, *point, 0) for kind in KINDS for point in POINTS]
+    listed += [(*WIDTH_KIND, *point, width) for point in WIDTH_POINTS for width in WIDTHS]
     fields: dict[str, Any] = {}
     if dry:
-        listed, fields = [("k4v2_g32", "plus", "4/2", 64, 1, 100)], {"num_sink_tokens": 32}
+        listed = [("k4v2_g32", "plus", "4/2", 64, 1, 100, width) for width in (0, 32)]
+        fields = {"num_sink_tokens": 32}
     found = []
-    for preset, encoder, heads, dim, batch, context in listed:
+    for preset, encoder, heads, dim, batch, context, width in listed:
         shape = Shape.parse(batch, heads, dim)
         config = KVarNConfig.from_preset(preset, encoder=encoder, **fields)
         keys = {"preset": preset, "encoder": encoder, **vars(shape), "context": context}
-        found.append((keys, Case(config, shape, context)))
+        keys["width"] = width or "rule"
+        settings = {"encode_width": width} if width else {}
+        found.append((keys, Case(config, shape, context, settings)))
     return found
 
 
@@ -65,7 +74,7 @@ def run(stage: Stage) -> str:
 
 
 def measure(stage: Stage, keys: dict[str, Any], case: Case) -> None:
-    config, shape, context = case
+    config, shape, context, settings = case
     # One token before a tile is finished, at about this context, and half a tile before.
     last = config.num_sink_tokens + config.num_tiles(context) * config.group_size - 1
     middle = last - config.group_size // 2
@@ -84,8 +93,15 @@ def measure(stage: Stage, keys: dict[str, Any], case: Case) -> None:
     def step(cache: TileCache) -> None:
         torch.ops.kvarn.step_(q, k, v, None, *cache, *rest)
 
+    def launched(cache: TileCache, op: Any) -> None:
+        with kernel_tools.trying(settings) if settings else nullcontext():
+            op(cache)
+
     def at(length: int, op: Any) -> Calls:
-        return [lambda cache=cache: (cache.seq_lens.fill_(length), op(cache)) for cache in caches]
+        return [
+            lambda cache=cache: (cache.seq_lens.fill_(length), launched(cache, op))
+            for cache in caches
+        ]
 
     works = {
         "reset": at(middle, lambda cache: None),

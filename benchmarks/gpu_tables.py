@@ -11,8 +11,9 @@ from kvarn_ops.benchmark.results import measured
 SHOWN = {
     "attention": ("preset", "q_heads", "kv_heads", "head_dim", "batch", "context", "kvarn_us",
                   "gb_per_s", "share_of_copy", "dense", "dense_us", "ratio", "error"),
-    "encode": ("preset", "encoder", "head_dim", "batch", "context", "append_us", "finish_us",
-               "attention_us", "share", "step_us", "step_finish_us", "step_share", "error"),
+    "encode": ("preset", "encoder", "head_dim", "batch", "context", "width", "append_us",
+               "finish_us", "attention_us", "share", "step_us", "step_finish_us", "step_share",
+               "error"),
     "correctness": ("preset", "head_dim", "lengths", "codes_differ", "scales", "step", "chunk",
                     "attention", "within", "error"),
     "model": ("measure", "cache", "form", "batch", "context", "layers", "tokens_per_s", "ratio",

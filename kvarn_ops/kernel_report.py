@@ -104,6 +104,9 @@ def covering_cases() -> list[Case]:
         Case("k8v8", 256, dtype="float16", kernels=_ATTEND),
         Case("k4v2", 256, 16, 1, kernels=("attend", "encode", "combine")),
         Case("k3v3_g64", 80, 32, 32, encoder="paper", kernels=("attend", "encode")),
+        Case("k4v4", 128, 2, 2, encoder="paper", kernels=("attend", "encode")),
+        Case("k4v2", 256, 8, 2, new_tokens=16, dtype="float32", kernels=_ATTEND),
+        Case("k4v2_g64", 128, 8, 2, kernels=("encode",)),
         Case("k4v2", 128, mask="bool", kernels=_ATTEND),
         Case("k4v2", 128, new_tokens=16, mask="float32", kernels=_ATTEND),
     ]

@@ -81,7 +81,7 @@ def test_file_names_cases_and_settings_that_exist() -> None:
     keys = {
         kernel_report.settings_key(case, name) for case in cases for name in ("attend", "encode")
     }
-    names = {"attend": {"block_tokens", "folds", "stages"},
+    names = {"attend": {"block_tokens", "folds", "stages", "warps"},
              "encode": {"encode_width", "encode_stages", "encode_block_k"}}  # fmt: skip
     assert set(SHIPPED) <= set(kernel_report.ARCHS)
     for arch, held in SHIPPED.items():
