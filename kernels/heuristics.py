@@ -183,11 +183,13 @@ def attend_shape(
     settings = _settings(described, key)
     # Registers hold a tile's words and the accumulators [G, rows] and [D, rows]. A wavefront of
     # AMD has 64 threads.
-    warps = rows_together // 4
+    warps, wide = rows_together // 4, max(key_bits, value_bits) == 8
+    if wide and rows_together != 16:
+        warps *= 2
     if head_dim > 128:
         warps *= 2
-    if max(key_bits, value_bits) == 8:
-        warps *= 2
+    elif described.tensor_memory and rows_together == 16 and not (wide or dtype == torch.float32):
+        warps = 2  # products of 16 rows by four go through tensor memory: half as much again
     # Products of 32 tokens or channels occupy few warps: of more, each repeats the unpacking, and
     # Triton 3.7 does not compile them for sm_100. Nor fewer for 32 rows of head_dim up to 128.
     if 32 in (group_size, head_dim) and rows_together == 16:
